@@ -1,0 +1,81 @@
+# The way in: `make help`. Everything is installed into .venv; only python3 (3.11 or newer) is needed.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest
+CODE := s3queue_async tests $(wildcard benchmarks examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench lock clean
+
+help: ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed-all ## Install the library, the tests' and the checkers' needs into .venv
+
+test: lint test-parallel test-alone ## Everything that CI runs: lint, then all tests with branch coverage
+
+test-parallel: setup ## Tests that may run side by side, with branch coverage
+	$(PYTEST) -m "not alone" -n $(JOBS) --dist loadfile --cov --cov-report=term
+
+test-alone: setup ## Tests that measure time, one after the other
+	@# Exit code 5 means that no test is marked so.
+	$(PYTEST) -m alone || [ $$? -eq 5 ]
+
+test-unit: setup ## The fast tests only: no server, no processes
+	$(PYTEST) -m "not alone and not integration" tests/unit
+
+lint: setup ## ruff, mypy (strict), and import-linter for the floors
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports
+
+format: setup ## Format the code and repair what ruff can repair
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+demo: $(VENV)/.installed-demo ## Index Python's standard library with two workers on one file; one is killed half-way
+	$(BIN)/python -m examples.demo
+
+demo-s3: $(VENV)/.installed-demo ## The same on a real S3 server (SeaweedFS, from a wheel)
+	$(BIN)/python -m examples.demo --s3
+
+bench: setup ## Throughput beside a bare loop of the same requests, and memory
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.memory
+
+lock: ## Take the newest versions of everything that setup installs, and write them down
+	rm -rf $(VENV)/lock
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip install -qq --disable-pip-version-check ".[demo,test,dev]"
+	( sed -n '/^#/p' constraints.txt; \
+	  $(VENV)/lock/bin/python -m pip freeze --disable-pip-version-check | grep -v '^s3queue' ) > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf $(VENV)/lock
+
+clean: ## Remove .venv, caches and build results
+	rm -rf $(VENV) build dist htmlcov demo-data .coverage .coverage.* .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or newer is needed; try: make PYTHON=python3.12' >&2; exit 1; }
+	@echo 'Making $(VENV) with $(PYTHON)'
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo 'Python has no venv module; on Debian: apt-get install python3-venv' >&2; exit 1; }
+
+# A stamp is older than what it depends on only when something has to be installed again.
+$(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing s3queue_async[demo,test,dev] into $(VENV) (about a minute the first time)'
+	@$(PIP) --editable '.[demo,test,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing s3queue_async[demo] into $(VENV)'
+	@$(PIP) --editable '.[demo]'
+	@touch $@

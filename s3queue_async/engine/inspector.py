@@ -1,0 +1,491 @@
+"""Looks at the queue without owning anything: counts, states, dead letters, history."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+
+from s3queue_async.engine.held import Departing, Held
+from s3queue_async.engine.registry import Counters, Registry
+from s3queue_async.engine.session import Session
+from s3queue_async.engine.settler import HistoryRecord
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import CorruptObject
+from s3queue_async.message import (
+    CompletedMessage,
+    DeadMessage,
+    MessageStatus,
+    QueueStats,
+    WorkerInfo,
+    moment,
+)
+from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.claim import Claim
+from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.protocol.segment import Record, Segment
+from s3queue_async.storage.base import Entry, NotFound, Stored
+
+T = TypeVar("T")
+
+QUICK_PAGES = 10
+QUICK_WORKERS = 100
+AT_ONCE = 8
+SCANNED_SEGMENTS_MAX = 10_000
+DELETE_BATCH = 1000
+
+_history_decoder = msgspec.msgpack.Decoder(list[HistoryRecord])
+
+Decode = Callable[[bytes, int], Any]
+
+
+class Inspector:
+    """Read-only views of a queue; nothing here claims or changes anything.
+
+    Args:
+        shared: What all roles have.
+        decode: Turns payload bytes into payloads.
+        session: The session of this process, whose counters are newer than its heartbeat; None without one.
+    """
+
+    def __init__(self, shared: Shared, decode: Decode, session: Callable[[], Session | None]) -> None:
+        self._shared = shared
+        self._decode = decode
+        self._session = session
+        self._registry = Registry(shared)
+
+    # -- counting ------------------------------------------------------------------------------------------------
+
+    async def stats(self, *, exact: bool) -> QueueStats:
+        """Count by key names; ``exact`` lists everything and reads the claims, too."""
+        pages = None if exact else QUICK_PAGES
+        listed: dict[str, list[Entry]] = {}
+        complete = True
+
+        async def list_into(prefix: str) -> None:
+            nonlocal complete
+            listed[prefix], whole = await self._entries(prefix, pages)
+            complete = complete and whole
+
+        workers: dict[str, float] = {}
+
+        async def list_workers() -> None:
+            workers.update(await self._registry.list())
+
+        async with anyio.create_task_group() as group:
+            for prefix in (layout.READY, layout.DELAYED, layout.DEAD, layout.CLAIMS):
+                group.start_soon(list_into, prefix)
+            group.start_soon(list_workers)
+        held = {layout.claim_name(entry.key) for entry in listed[layout.CLAIMS]}
+        if exact:
+            held -= await self._free(held)
+        session = self._session()
+        own = {} if session is None else session.held
+        pending = delayed = processing = 0
+        oldest_ms: int | None = None
+        now_ms = self._shared.time.now_ms()
+        for key in _keys([*listed[layout.READY], *listed[layout.DELAYED]]):
+            mine = own.get(key.name)
+            if mine is not None:
+                processing += len(mine.waiting) + mine.running + len(mine.departing)
+            elif key.name in held:
+                processing += key.count
+            elif key.due_ms > now_ms:
+                delayed += key.count
+            else:
+                pending += key.count
+                oldest_ms = key.created_ms if oldest_ms is None else min(oldest_ms, key.created_ms)
+        dead = sum(key.count for key in _keys(listed[layout.DEAD]))
+        counters = await self._counters(list(workers), None if exact else QUICK_WORKERS)
+        return QueueStats(
+            pending=pending,
+            delayed=delayed,
+            processing=processing,
+            completed=counters.completed,
+            retried=counters.retried,
+            failed=counters.failed,
+            dead=dead,
+            total=pending + delayed + processing + counters.completed + dead,
+            workers=len(workers),
+            oldest_age=None if oldest_ms is None else max(0.0, (now_ms - oldest_ms) / 1000),
+            complete=complete,
+        )
+
+    async def backlog(self, *, stop_at: int) -> int:
+        """Messages that wait, delayed ones included; counting ends once ``stop_at`` is reached."""
+        count = 0
+        for prefix in (layout.READY, layout.DELAYED):
+            async for key in self._each_key(prefix):
+                count += key.count
+                if count >= stop_at:
+                    return count
+        return count
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Every registered worker, as its last heartbeat describes it."""
+        infos: list[WorkerInfo] = []
+
+        async def look(worker_id: str) -> None:
+            peer = await self._registry.read(worker_id)
+            if peer is None:
+                return
+            beat = peer.heartbeat
+            infos.append(
+                WorkerInfo(
+                    id=worker_id,
+                    capacity=beat.capacity,
+                    in_flight=beat.in_flight,
+                    segments=len(beat.held),
+                    completed=beat.counters.completed,
+                    heartbeat_age=max(0.0, self._shared.time.now_ms() / 1000 - peer.modified_s),
+                    alive=beat.state == "alive" and self._registry.lease_left_s(peer) > 0,
+                )
+            )
+
+        await _each_at_once(list(await self._registry.list()), look)
+        return sorted(infos, key=lambda info: info.id)
+
+    async def _free(self, names: Iterable[str]) -> set[str]:
+        free: set[str] = set()
+
+        async def look(name: str) -> None:
+            claim = await self._claim(layout.CLAIMS + name)
+            if claim is None or claim.free:
+                free.add(name)
+
+        await _each_at_once(list(names), look)
+        return free
+
+    async def _counters(self, workers: Sequence[str], most: int | None) -> Counters:
+        session = self._session()
+        total = await self._registry.counters()
+        if session is not None and not session.is_over:
+            total = total.plus(session.counters)
+        found: list[Counters] = []
+
+        async def look(worker_id: str) -> None:
+            peer = await self._registry.read(worker_id)
+            if peer is not None and peer.heartbeat.state == "alive":
+                found.append(peer.heartbeat.counters)
+
+        others = [worker for worker in workers if session is None or worker != session.worker_id]
+        await _each_at_once(others[:most], look)
+        for counters in found:
+            total = total.plus(counters)
+        return total
+
+    # -- one message ---------------------------------------------------------------------------------------------
+
+    async def status(self, message_id: str) -> MessageStatus:
+        """Where a message is. Cheap while it waits in the segment that it was enqueued in, a scan otherwise."""
+        try:
+            ulid, priority, index = layout.parse_message_id(message_id)
+        except ValueError:
+            return MessageStatus.UNKNOWN
+        page = await self._shared.storage.list(f"{layout.ready_prefix(priority)}{ulid}-", limit=1)
+        if page.entries:
+            first = SegmentKey.parse(page.entries[0].key)
+            state = await self._state_in(first, index)
+            if state is not None:
+                return state
+        found = await self._find(message_id, ulid)
+        if found is not None:
+            state = await self._state_in(*found)
+            if state is not None:
+                return state
+        if await self._completed(message_id, ulid) is not None:
+            return MessageStatus.COMPLETED
+        # The claim of an ended segment lingers for a while.
+        page = await self._shared.storage.list(f"{layout.CLAIMS}{ulid}-", limit=1)
+        if page.entries:
+            claim = await self._claim(page.entries[0].key)
+            if claim is not None and not any(index in move.indices for move in claim.moves):
+                return MessageStatus.COMPLETED
+        return MessageStatus.UNKNOWN
+
+    async def _state_in(self, key: SegmentKey, index: int) -> MessageStatus | None:
+        """The state of a message of this segment; None when it is not there any more."""
+        if key.place is Place.DEAD:
+            return MessageStatus.DEAD
+        record = await self._record(key, index)
+        if record is None:
+            return None
+        claim = await self._claim(key.claim)
+        if claim is not None:
+            if index in claim.finished:
+                return MessageStatus.COMPLETED
+            for move in claim.moves:
+                if index in move.indices:
+                    moved_to = SegmentKey.parse(move.key)
+                    if moved_to.place is Place.DEAD:
+                        return MessageStatus.DEAD
+                    return MessageStatus.RETRYING if move.attempts[move.indices.index(index)] else MessageStatus.PENDING
+            if not claim.free:
+                return MessageStatus.PROCESSING
+        if record.attempts:
+            return MessageStatus.RETRYING
+        return MessageStatus.DELAYED if key.due_ms > self._shared.time.now_ms() else MessageStatus.PENDING
+
+    async def _record(self, key: SegmentKey, index: int) -> Record | None:
+        table = await self._index(key)
+        return None if table is None or index >= len(table.records) else table.records[index]
+
+    async def _find(self, message_id: str, ulid: str) -> tuple[SegmentKey, int] | None:
+        """Search every segment that the message may have moved to."""
+        found: list[tuple[SegmentKey, int]] = []
+        for prefix in (layout.DELAYED, layout.DEAD, layout.READY):
+            candidates: list[SegmentKey] = []
+            async for key in self._each_key(prefix):
+                if key.ulid == ulid:
+                    return key, layout.parse_message_id(message_id)[2]
+                if key.ulid > ulid and len(candidates) < SCANNED_SEGMENTS_MAX:
+                    candidates.append(key)
+
+            async def look(key: SegmentKey) -> None:
+                table = None if found else await self._index(key)
+                if table is not None:
+                    for index, record in enumerate(table.records):
+                        if record.id == message_id:
+                            found.append((key, index))
+
+            await _each_at_once(candidates, look)
+            if found:
+                return found[0]
+        return None
+
+    # -- dead letters --------------------------------------------------------------------------------------------
+
+    async def dead_letters(self, limit: int) -> list[DeadMessage]:
+        """Up to ``limit`` dead letters, oldest segments first."""
+        found: list[DeadMessage] = []
+        async for key in self._each_key(layout.DEAD):
+            if len(found) >= limit:
+                break
+            segment = await self._segment(key)
+            claim = None if segment is None else await self._claim(key.claim)
+            ended = set() if claim is None else claim.ended()
+            if segment is not None:
+                found += [
+                    self._dead_message(record, payload, segment.index.priority)
+                    for i, (record, payload) in enumerate(zip(segment.index.records, segment.payloads, strict=True))
+                    if i not in ended
+                ]
+        return found[:limit]
+
+    def _dead_message(self, record: Record, body: bytes, priority: int) -> DeadMessage:
+        try:
+            payload = self._decode(body, record.codec)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            payload = body
+        failure = record.failure
+        return DeadMessage(
+            id=record.id,
+            payload=payload,
+            error="" if failure is None else failure.reason,
+            traceback="" if failure is None else failure.traceback,
+            attempts=record.attempts,
+            enqueued_at=moment(record.enqueued_ms),
+            died_at=moment(0 if failure is None else failure.at_ms),
+            headers=record.headers or {},
+            priority=priority,
+        )
+
+    async def dead_keys(self) -> AsyncIterator[SegmentKey]:
+        """The keys of all segments of dead letters."""
+        async for key in self._each_key(layout.DEAD):
+            yield key
+
+    # -- history -------------------------------------------------------------------------------------------------
+
+    async def history(self, limit: int) -> list[CompletedMessage]:
+        """Up to ``limit`` completed messages, newest first."""
+        keys = [entry.key async for entry in self._each(layout.HISTORY)]
+        found: list[CompletedMessage] = []
+        for key in reversed(keys):
+            if len(found) >= limit:
+                break
+            found += [_completed(record) for record in reversed(await self._history(key))]
+        return found[:limit]
+
+    async def result(self, message_id: str) -> CompletedMessage | None:
+        """A completed message's record, if the history has it."""
+        try:
+            ulid, _, _ = layout.parse_message_id(message_id)
+        except ValueError:
+            return None
+        record = await self._completed(message_id, ulid)
+        return None if record is None else _completed(record)
+
+    async def _completed(self, message_id: str, ulid: str) -> HistoryRecord | None:
+        after = layout.history_key(layout.ulid_time_ms(ulid) - 1000, "")
+        async for entry in self._each(layout.HISTORY, after=after):
+            for record in await self._history(entry.key):
+                if record.id == message_id:
+                    return record
+        return None
+
+    async def _history(self, key: str) -> list[HistoryRecord]:
+        try:
+            stored = await self._shared.storage.get(key)
+        except NotFound:
+            return []
+        assert isinstance(stored, Stored)
+        try:
+            return _history_decoder.decode(stored.body)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise CorruptObject(key, f"the history cannot be read ({error})") from error
+
+    # -- purging -------------------------------------------------------------------------------------------------
+
+    async def purge(self, *prefixes: str) -> int:
+        """Delete every segment under these prefixes that nobody holds; returns how many messages went."""
+        count = 0
+        for prefix in prefixes:
+            batch: list[SegmentKey] = []
+            async for key in self._each_key(prefix):
+                batch.append(key)
+                if len(batch) == DELETE_BATCH:
+                    count += await self._purge_batch(batch)
+                    batch = []
+            if batch:
+                count += await self._purge_batch(batch)
+        return count
+
+    async def _purge_batch(self, batch: Sequence[SegmentKey]) -> int:
+        claimed = {layout.claim_name(entry.key) async for entry in self._each(layout.CLAIMS)}
+        free = [key for key in batch if key.name not in claimed]
+        if free:
+            await self._shared.storage.delete_many([key.text for key in free])
+        return sum(key.count for key in free)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def _entries(self, prefix: str, pages: int | None) -> tuple[list[Entry], bool]:
+        entries: list[Entry] = []
+        after = ""
+        turned = 0
+        while True:
+            page = await self._shared.storage.list(prefix, after=after)
+            entries += page.entries
+            turned += 1
+            if not page.more:
+                return entries, True
+            if pages is not None and turned >= pages:
+                return entries, False
+            after = page.entries[-1].key
+
+    async def _each(self, prefix: str, *, after: str = "") -> AsyncIterator[Entry]:
+        while True:
+            page = await self._shared.storage.list(prefix, after=after)
+            for entry in page.entries:
+                yield entry
+            if not page.more:
+                return
+            after = page.entries[-1].key
+
+    async def _each_key(self, prefix: str) -> AsyncIterator[SegmentKey]:
+        async for entry in self._each(prefix):
+            for key in _keys([entry]):
+                yield key
+
+    async def _claim(self, key: str) -> Claim | None:
+        try:
+            stored = await self._shared.storage.get(key)
+        except NotFound:
+            return None
+        assert isinstance(stored, Stored)
+        return claims.decode(key, stored.body)
+
+    async def _index(self, key: SegmentKey) -> segments.Index | None:
+        try:
+            stored = await self._shared.storage.get(key.text, span=(0, segments.INDEX_GUESS_BYTES))
+            assert isinstance(stored, Stored)
+            end = segments.index_end(key.text, stored.body)
+            if end > len(stored.body):
+                stored = await self._shared.storage.get(key.text, span=(0, end))
+                assert isinstance(stored, Stored)
+        except NotFound:
+            return None
+        return segments.decode_index(key.text, stored.body)
+
+    async def _segment(self, key: SegmentKey) -> Segment | None:
+        try:
+            stored = await self._shared.storage.get(key.text)
+        except NotFound:
+            return None
+        assert isinstance(stored, Stored)
+        return segments.decode(key.text, stored.body)
+
+
+async def move_dead(session: Session, key: SegmentKey, wanted: frozenset[str] | None, *, redrive: bool) -> int:
+    """Redrive or drop dead letters of one segment; the others of it move into a segment of their own.
+
+    Args:
+        session: Under whose lease it happens.
+        key: The segment.
+        wanted: Ids, or None for all.
+        redrive: Make them ready again; otherwise they are dropped.
+
+    Returns:
+        How many messages that were; 0 when somebody else is at it.
+    """
+    held = await session.claim_one(key)
+    if held is None:
+        return 0
+    chosen = [i for i in held.waiting if wanted is None or held.index.records[i].id in wanted]
+    if not chosen:
+        session.settler.submit_give_back(held)
+        return 0
+    _decide(held, set(chosen), redrive=redrive)
+    await session.settler.flush(held)
+    return len(chosen)
+
+
+def _decide(held: Held, chosen: set[int], *, redrive: bool) -> None:
+    while held.waiting:
+        index = held.waiting.popleft()
+        if index not in chosen:
+            held.departing.append(Departing(index, held.attempts(index), None, Place.DEAD))
+        elif redrive:
+            held.departing.append(Departing(index, 0, None, Place.READY))
+        else:
+            held.finished.append(index)
+
+
+def _keys(entries: Iterable[Entry]) -> list[SegmentKey]:
+    keys: list[SegmentKey] = []
+    for entry in entries:
+        try:
+            keys.append(SegmentKey.parse(entry.key))
+        except ValueError:
+            # A foreign object under our prefix; the claim loop reports it.
+            continue
+    return keys
+
+
+def _completed(record: HistoryRecord) -> CompletedMessage:
+    return CompletedMessage(
+        id=record.id,
+        result=msgspec.msgpack.decode(record.result),
+        attempts=record.attempts,
+        worker_id=record.worker_id,
+        enqueued_at=moment(record.enqueued_ms),
+        completed_at=moment(record.completed_ms),
+        duration=record.duration_s,
+    )
+
+
+async def _each_at_once(items: Sequence[T], look: Callable[[T], Awaitable[None]]) -> None:
+    limiter = anyio.CapacityLimiter(AT_ONCE)
+
+    async def limited(item: T) -> None:
+        async with limiter:
+            await look(item)
+
+    async with anyio.create_task_group() as group:
+        for item in items:
+            group.start_soon(limited, item)

@@ -1,0 +1,406 @@
+"""Group commit: concurrent enqueues share a segment, and return when it is durable."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from s3queue_async.engine.dedup import Deduplicator, Reservation
+from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.writing import Fate, put_segment
+from s3queue_async.errors import QueueClosed, QueueError, StoreUnavailable
+from s3queue_async.events import EnqueueAmbiguous, MessageEnqueued
+from s3queue_async.log import log
+from s3queue_async.protocol import layout
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.layout import Place, SegmentKey
+
+LANE_WRITES_MAX = 4
+"""Segments of one lane that are written at a time."""
+WRITES_MAX = 16
+"""Segments of all lanes that are written at a time."""
+LANE_BACKLOG_MAX = 4
+"""Full batches that wait for a write before ``enqueue`` waits for room."""
+DECIDE_WITHIN_S = 60.0
+"""How long an enqueue goes on trying while the store does not answer."""
+RECORD_OVERHEAD_BYTES = 96
+
+
+class Entry:
+    """A message on its way into a segment."""
+
+    __slots__ = ("codec", "dedup_id", "expires_ms", "headers", "id", "max_attempts", "payload", "reservation")
+
+    def __init__(
+        self,
+        payload: bytes,
+        codec: int,
+        *,
+        max_attempts: int | None,
+        expires_ms: int | None,
+        dedup_id: str | None,
+        headers: dict[str, str] | None,
+    ) -> None:
+        self.payload = payload
+        self.codec = codec
+        self.max_attempts = max_attempts
+        self.expires_ms = expires_ms
+        self.dedup_id = dedup_id
+        self.headers = headers
+        self.id = ""
+        self.reservation: Reservation | None = None
+
+
+class Batch:
+    """Messages that become one segment."""
+
+    __slots__ = ("done", "entries", "error", "ids", "priority", "due_ms", "sent", "size")
+
+    def __init__(self, priority: int, due_ms: int) -> None:
+        self.priority = priority
+        self.due_ms = due_ms
+        self.entries: list[Entry] = []
+        self.size = 0
+        self.sent = False
+        self.error: QueueError | None = None
+        self.done = anyio.Event()
+
+
+class _Lane:
+    __slots__ = ("full", "open", "pumps", "room")
+
+    def __init__(self, priority: int, due_ms: int) -> None:
+        self.open = Batch(priority, due_ms)
+        self.full: deque[Batch] = deque()
+        self.pumps = 0
+        self.room = anyio.Event()
+
+    def take(self) -> Batch | None:
+        if self.full:
+            batch = self.full.popleft()
+            self.room.set()
+            return batch
+        batch = self.open
+        if not batch.entries:
+            return None
+        self.open = Batch(batch.priority, batch.due_ms)
+        return batch
+
+
+class OrderedWrites:
+    """The ids of many messages in the order in which they were added, whatever order their batches end in.
+
+    Args:
+        window: Messages whose outcome is awaited before more are taken.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._open: deque[tuple[Entry, Batch]] = deque()
+        self._ids: list[str] = []
+
+    async def add(self, entry: Entry, batch: Batch) -> None:
+        """Follow one more message; waits while too many are undecided. Raises what a batch failed with."""
+        self._open.append((entry, batch))
+        if len(self._open) >= 2 * self._window:
+            await self._settle(self._window)
+
+    async def finish(self) -> list[str]:
+        """All ids, once everything is durable."""
+        await self._settle(0)
+        return self._ids
+
+    async def ids_written(self) -> list[str]:
+        """The ids of what is durable, once everything is decided, failures included."""
+        for entry, batch in self._open:
+            await batch.done.wait()
+            if batch.error is None:
+                self._ids.append(entry.id)
+        self._open.clear()
+        return self._ids
+
+    async def _settle(self, keep: int) -> None:
+        while len(self._open) > keep:
+            entry, batch = self._open[0]
+            await batch.done.wait()
+            if batch.error is not None:
+                raise batch.error
+            self._ids.append(entry.id)
+            self._open.popleft()
+
+
+class HandOver(Protocol):
+    """Where a fresh segment may go without a detour over the store."""
+
+    def offer(self, key: SegmentKey, index: segments.Index, payloads: Sequence[bytes], *, shown_at: float) -> None:
+        """A segment was written by this process; ``shown_at``: local time before the request that proves it."""
+
+    def notice_due(self, due_ms: int) -> None:
+        """A delayed segment was written by this process."""
+
+
+class Producer:
+    """Writes messages in batches; ``run`` must be running while it is used."""
+
+    def __init__(self, shared: Shared, *, hand_over: HandOver | None = None) -> None:
+        self._shared = shared
+        self._dedup = Deduplicator(shared)
+        self.hand_over = hand_over
+        self._lanes: dict[tuple[int, int], _Lane] = {}
+        self._writes = anyio.Semaphore(WRITES_MAX)
+        self._group: TaskGroup | None = None
+        self._closed = False
+        self._unwritten = 0
+        self._idle = anyio.Event()
+        self._by_dedup_id: dict[str, tuple[Entry, Batch]] = {}
+        self.enqueued = 0
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Run until cancelled; batches under way are written within."""
+        async with anyio.create_task_group() as self._group:
+            task_status.started()
+            await anyio.sleep_forever()
+
+    @property
+    def unwritten(self) -> int:
+        """Messages that wait for their segment to be durable."""
+        return self._unwritten
+
+    async def add_once(self, entry: Entry, priority: int, due_ms: int) -> tuple[Entry, Batch]:
+        """As ``add``; a message with the same deduplication id that is on its way is returned instead."""
+        if entry.dedup_id is not None and entry.dedup_id in self._by_dedup_id:
+            return self._by_dedup_id[entry.dedup_id]
+        return entry, await self.add(entry, priority, due_ms)
+
+    async def close(self) -> int:
+        """Take no more messages; return how many were flushed once all are decided."""
+        self._closed = True
+        waiting = self._unwritten
+        while self._unwritten:
+            self._idle = anyio.Event()
+            await self._idle.wait()
+        return waiting
+
+    async def enqueue(self, entry: Entry, priority: int, due_ms: int) -> str:
+        """Return the message's id once it is durable.
+
+        A caller that is cancelled before its batch is sent takes the message out of it; later, the outcome is
+        awaited before the cancellation goes on.
+        """
+        dedup_id = entry.dedup_id
+        while dedup_id is not None and dedup_id in self._by_dedup_id:
+            first, batch = self._by_dedup_id[dedup_id]
+            await batch.done.wait()
+            if batch.error is None:
+                return first.id
+        batch = await self.add(entry, priority, due_ms)
+        try:
+            await batch.done.wait()
+        except anyio.get_cancelled_exc_class():
+            if batch.sent:
+                with anyio.CancelScope(shield=True):
+                    await batch.done.wait()
+            else:
+                self._take_out(entry, batch)
+            raise
+        if batch.error is not None:
+            raise _copy(batch.error)
+        return entry.id
+
+    async def add(self, entry: Entry, priority: int, due_ms: int) -> Batch:
+        """Put a message into the open batch of its lane; its ``done`` is set when the outcome is known."""
+        lane = self._lane(priority, due_ms)
+        while len(lane.full) >= LANE_BACKLOG_MAX:
+            lane.room = anyio.Event()
+            await lane.room.wait()
+            lane = self._lane(priority, due_ms)
+        group = self._require_open()
+        settings = self._shared.settings
+        size = len(entry.payload) + RECORD_OVERHEAD_BYTES
+        batch = lane.open
+        if batch.entries and batch.size + size > settings.segment_bytes_max:
+            batch = self._seal(lane)
+        batch.entries.append(entry)
+        batch.size += size
+        self._unwritten += 1
+        if entry.dedup_id is not None:
+            self._by_dedup_id[entry.dedup_id] = (entry, batch)
+        if len(batch.entries) >= settings.segment_messages_max or batch.size >= settings.segment_bytes_max:
+            self._seal(lane)
+        if lane.pumps == 0 or (lane.full and lane.pumps < LANE_WRITES_MAX):
+            lane.pumps += 1
+            group.start_soon(self._pump, lane, (priority, due_ms))
+        return batch
+
+    def _require_open(self) -> TaskGroup:
+        if self._closed or self._group is None:
+            raise QueueClosed("The queue takes no more messages: it is not open, drains, or is closed.")
+        return self._group
+
+    def _lane(self, priority: int, due_ms: int) -> _Lane:
+        self._require_open()
+        lane = self._lanes.get((priority, due_ms))
+        if lane is None:
+            lane = self._lanes[priority, due_ms] = _Lane(priority, due_ms)
+        return lane
+
+    @staticmethod
+    def _seal(lane: _Lane) -> Batch:
+        lane.full.append(lane.open)
+        lane.open = Batch(lane.open.priority, lane.open.due_ms)
+        return lane.open
+
+    def _take_out(self, entry: Entry, batch: Batch) -> None:
+        batch.entries.remove(entry)
+        batch.size -= len(entry.payload) + RECORD_OVERHEAD_BYTES
+        self._forget([entry], 1)
+
+    def _forget(self, entries: Sequence[Entry], count: int) -> None:
+        for entry in entries:
+            if entry.dedup_id is not None:
+                known = self._by_dedup_id.get(entry.dedup_id)
+                if known is not None and known[0] is entry:
+                    del self._by_dedup_id[entry.dedup_id]
+        self._unwritten -= count
+        if self._unwritten == 0:
+            self._idle.set()
+
+    async def _pump(self, lane: _Lane, place: tuple[int, int]) -> None:
+        try:
+            while True:
+                async with self._writes:
+                    batch = lane.take()
+                    if batch is None:
+                        return
+                    if batch.entries:
+                        await self._commit(batch)
+        finally:
+            lane.pumps -= 1
+            if lane.pumps == 0 and not lane.full and not lane.open.entries and self._lanes.get(place) is lane:
+                del self._lanes[place]
+
+    async def _commit(self, batch: Batch) -> None:
+        batch.sent = True
+        count = len(batch.entries)
+        entries = list(batch.entries)
+        batch.error = StoreUnavailable(
+            "The write was broken off; whether the message is in the queue is not known.",
+            suggestion="Enqueue it again; give a dedup_id to be sure that it runs once.",
+        )
+        try:
+            await self._write(batch)
+        except QueueError as error:
+            batch.error = error
+        else:
+            batch.error = None
+            self.enqueued += len(batch.entries)
+        finally:
+            self._forget(entries, count)
+            batch.done.set()
+
+    def _new_key(self, batch: Batch) -> SegmentKey:
+        place = Place.DELAYED if batch.due_ms else Place.READY
+        return SegmentKey(place, self._shared.new_ulid(), len(batch.entries), batch.priority, batch.due_ms)
+
+    async def _write(self, batch: Batch) -> None:
+        shared = self._shared
+        give_up = self._give_up_at(shared.clock.monotonic() + DECIDE_WITHIN_S)
+        key = self._new_key(batch)
+        made_at = shared.clock.monotonic()
+        enqueued_ms = key.created_ms
+        for position, entry in enumerate(batch.entries):
+            entry.id = layout.message_id(key.ulid, batch.priority, position)
+        while True:
+            await self._reserve(batch, key)
+            if not batch.entries:
+                return
+            took_s = shared.clock.monotonic() - made_at
+            if key.count != len(batch.entries) or took_s > shared.settings.segment_age / 2:
+                # The markers name the segment, and its name tells its count: name another one.
+                key, made_at = self._new_key(batch), shared.clock.monotonic()
+                if any(entry.reservation is not None for entry in batch.entries):
+                    continue
+            index = segments.Index([_record(entry, enqueued_ms) for entry in batch.entries], batch.priority)
+            payloads = [entry.payload for entry in batch.entries]
+            sent_at = shared.clock.monotonic()
+            fate = await put_segment(
+                shared, key, segments.encode(index, payloads), give_up=give_up, may_run_at_once=True
+            )
+            if fate is Fate.WRITTEN:
+                break
+            if fate is Fate.UNKNOWN:
+                log.warning("messages are written a second time: the store was out of reach for too long", key=key.text)
+                shared.bus.emit(EnqueueAmbiguous(message_ids=[entry.id for entry in batch.entries]))
+            key, made_at = self._new_key(batch), shared.clock.monotonic()
+        if shared.bus.wants(MessageEnqueued.name):
+            for entry in batch.entries:
+                shared.bus.emit(MessageEnqueued(message_id=entry.id, priority=batch.priority, delayed=batch.due_ms > 0))
+        if self.hand_over is not None:
+            if batch.due_ms:
+                self.hand_over.notice_due(batch.due_ms)
+            else:
+                self.hand_over.offer(key, index, payloads, shown_at=sent_at)
+
+    async def _reserve(self, batch: Batch, key: SegmentKey) -> None:
+        """Reserve the deduplication ids; messages that are in the queue already leave the batch with their old id."""
+        wanted = [entry for entry in batch.entries if entry.dedup_id is not None]
+        if not wanted:
+            return
+        gone: list[Entry] = []
+
+        async def reserve(entry: Entry) -> None:
+            assert entry.dedup_id is not None
+            if entry.reservation is None:
+                got = await self._dedup.reserve(entry.dedup_id, entry.id, key)
+            else:
+                got = await self._dedup.rename(entry.reservation, key)
+            if isinstance(got, str):
+                entry.id = got
+                gone.append(entry)
+            else:
+                entry.reservation = got
+
+        async with anyio.create_task_group() as group:
+            for entry in wanted:
+                group.start_soon(reserve, entry)
+        for entry in gone:
+            batch.entries.remove(entry)
+
+    def _give_up_at(self, local_time: float) -> Callable[[QueueError], None]:
+        def give_up(error: QueueError) -> None:
+            if self._shared.clock.monotonic() > local_time:
+                raise StoreUnavailable(
+                    f"The store did not confirm the write within {DECIDE_WITHIN_S:g} s ({error}); "
+                    "whether the message is in the queue is not known.",
+                    suggestion="Enqueue it again later; give a dedup_id to be sure that it runs once.",
+                ) from error
+
+        return give_up
+
+
+def _record(entry: Entry, enqueued_ms: int) -> segments.Record:
+    return segments.Record(
+        entry.id,
+        enqueued_ms,
+        len(entry.payload),
+        entry.codec,
+        0,
+        0,
+        entry.max_attempts,
+        entry.expires_ms,
+        entry.dedup_id,
+        entry.headers,
+    )
+
+
+def _copy(error: QueueError) -> QueueError:
+    """The same error for one of several callers; raising one object in many tasks would tangle its traceback."""
+    copy = error.__class__.__new__(error.__class__)
+    copy.args = error.args
+    copy.__dict__.update(error.__dict__)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,160 @@
+"""Clears up after those who cannot: orphaned claims, dead registry entries, expired markers and history.
+
+Every worker does it, rarely and with jitter; rendezvous ranking leaves most of each look to one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from s3queue_async.engine.registry import Lease, Registry
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import CorruptObject, StoreUnavailable, Throttled
+from s3queue_async.log import log
+from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
+from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.storage.base import Entry, NotFound, Stored
+
+CLAIMS_PER_SWEEP_MAX = 10_000
+LOOKS_PER_SWEEP_MAX = 500
+DELETE_BATCH_MAX = 1000
+
+
+class Takeover(Protocol):
+    """Finishes a settlement on a segment that no claim loop looks at."""
+
+    async def finish_orphan(self, key: SegmentKey) -> None:
+        """Take over the claim on this segment if nobody holds it, and settle it."""
+
+
+class Recovery:
+    """Sweeps the queue for what was left behind.
+
+    Args:
+        shared: What all roles have.
+        registry: Who is alive.
+        lease: Under which this worker acts.
+        known: Names of segments that this worker holds or has just ended.
+        let_linger: Takes the key of a claim whose segment is gone.
+        takeover: Finishes settlements of dead letters, which no claim loop lists.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        registry: Registry,
+        lease: Lease,
+        *,
+        known: Callable[[str], bool],
+        let_linger: Callable[[str], None],
+        takeover: Takeover,
+    ) -> None:
+        self._shared = shared
+        self._registry = registry
+        self._lease = lease
+        self._known = known
+        self._let_linger = let_linger
+        self._takeover = takeover
+        self._lingering: set[str] = set()
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        shared = self._shared
+        every_s = shared.settings.visibility_timeout
+        await shared.clock.sleep(every_s * shared.random.random() / 2)
+        while True:
+            try:
+                await self.sweep()
+            except (StoreUnavailable, Throttled) as error:
+                log.warning("the sweep failed", error=str(error))
+            await shared.clock.sleep(every_s * (0.75 + 0.5 * shared.random.random()))
+
+    async def sweep(self) -> None:
+        """One look at everything that may be left behind."""
+        workers = await self._registry.list()
+        await self._sweep_workers(workers)
+        await self._sweep_claims()
+        await self._sweep_markers()
+        if self._shared.settings.retain_completed is not None:
+            await self._sweep_history(self._shared.settings.retain_completed)
+
+    async def _sweep_workers(self, workers: dict[str, float]) -> None:
+        """Fence workers whose lease is over, although nobody asks for what they held."""
+        settings = self._shared.settings
+        for worker, modified_s in workers.items():
+            age_s = self._shared.time.earliest() - modified_s
+            if worker != self._lease.worker_id and age_s > settings.visibility_timeout + settings.lease_margin:
+                await self._registry.owner(worker)
+
+    async def _sweep_claims(self) -> None:
+        """Claims whose segment is gone and whose owner cannot delete them, and orphans that no listing shows."""
+        self._lingering = {key for key in self._lingering if not self._known(layout.claim_name(key))}
+        settings = self._shared.settings
+        old_s = max(settings.visibility_timeout, settings.claim_linger) + settings.lease_margin
+        after, seen, looks = layout.CLAIMS, 0, 0
+        while seen < CLAIMS_PER_SWEEP_MAX and looks < LOOKS_PER_SWEEP_MAX:
+            page = await self._shared.storage.list(layout.CLAIMS, after=after)
+            for entry in page.entries:
+                seen += 1
+                name = layout.claim_name(entry.key)
+                is_old = self._shared.time.earliest() - entry.modified_s > old_s
+                if is_old and not self._known(name) and entry.key not in self._lingering:
+                    looks += 1
+                    await self._look_at_claim(entry)
+            if not page.more:
+                return
+            after = page.entries[-1].key
+
+    async def _look_at_claim(self, entry: Entry) -> None:
+        try:
+            stored = await self._shared.storage.get(entry.key)
+        except NotFound:
+            return
+        assert isinstance(stored, Stored)
+        try:
+            claim = claims.decode(entry.key, stored.body)
+            key = SegmentKey.parse(claim.segment)
+        except (CorruptObject, ValueError):
+            # The claim loop replaces it when its segment is still there; here only its owner would tell more.
+            return
+        if claim.owner and claim.owner != self._lease.worker_id and await self._registry.owner(claim.owner) is not None:
+            return
+        try:
+            await self._shared.storage.get(key.text, span=(0, 1))
+        except NotFound:
+            self._lingering.add(entry.key)
+            self._let_linger(entry.key)
+            return
+        if key.place is Place.DEAD:
+            await self._takeover.finish_orphan(key)
+
+    async def _sweep_markers(self) -> None:
+        after = ""
+        while True:
+            page = await self._shared.dedup.list("", after=after)
+            now_s = self._shared.time.earliest()
+            expired = [entry.key for entry in page.entries if self._shared.dedup.expired(entry.modified_s, now_s)]
+            if expired:
+                await self._shared.dedup.delete_many(expired)
+            if not page.more:
+                return
+            after = page.entries[-1].key
+
+    async def _sweep_history(self, retain_s: float) -> None:
+        while True:
+            page = await self._shared.storage.list(layout.HISTORY)
+            oldest_ms = (self._shared.time.earliest() - retain_s) * 1000
+            expired = [entry.key for entry in page.entries if _is_before(entry.key, oldest_ms)]
+            if expired:
+                await self._shared.storage.delete_many(expired)
+            if len(expired) < len(page.entries) or not page.more:
+                return
+
+
+def _is_before(key: str, time_ms: float) -> bool:
+    try:
+        return layout.history_time_ms(key) < time_ms
+    except ValueError:
+        return False

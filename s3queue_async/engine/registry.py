@@ -1,0 +1,374 @@
+"""The worker's lease and everybody else's: heartbeats, fencing, who is alive.
+
+One heartbeat object is the lease of everything that its worker holds. It is written by compare-and-swap alone, so a
+worker that was fenced finds out at its next beat; and it trusts the lease by its own monotonic clock for less long
+than others wait before they fence it, so it stops before anybody starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import anyio
+import msgspec
+
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import LeaseLost, StoreUnavailable, Throttled
+from s3queue_async.log import log
+from s3queue_async.storage.base import (
+    LIST_LIMIT_MAX,
+    IfAbsent,
+    IfVersion,
+    NotFound,
+    PreconditionFailed,
+    Stored,
+    Superseded,
+)
+
+LISTED_WORKERS_MAX = 10_000
+FENCE_WITHIN_S = 10.0
+LIVENESS_CACHE_S = 1.0
+COUNTERS = "all"
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """What a worker did since its start, in messages."""
+
+    completed: int = 0
+    retried: int = 0
+    failed: int = 0
+    dead: int = 0
+
+    def plus(self, other: Counters) -> Counters:
+        return Counters(
+            *(a + b for a, b in zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True))
+        )
+
+
+class Sums(msgspec.Struct, frozen=True):
+    """What all workers that left did; the nonce keeps two writers of equal sums apart."""
+
+    nonce: str
+    counters: Counters
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """A worker's heartbeat.
+
+    Attributes:
+        nonce: Fresh in every beat.
+        state: ``fenced`` once somebody decided that the worker is lost; final.
+        composed_ms: The earliest that store time was as the list below was made.
+        ttl_s: How long the lease lasts from the object's LastModified.
+        capacity: Messages that it handles at a time.
+        in_flight: Messages that it handles now.
+        held: Names of every segment that it holds or tries to claim.
+        counters: What it did.
+    """
+
+    nonce: str
+    state: Literal["alive", "fenced"]
+    composed_ms: int
+    ttl_s: float
+    capacity: int = 0
+    in_flight: int = 0
+    held: list[str] = []
+    counters: Counters = Counters()
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """Another worker's heartbeat as it was read."""
+
+    worker_id: str
+    heartbeat: Heartbeat
+    version: str
+    modified_s: float
+
+
+class Vitals(msgspec.Struct, frozen=True):
+    """What a beat says of its worker."""
+
+    capacity: int
+    in_flight: int
+    held: list[str]
+    counters: Counters
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Heartbeat)
+_sums_decoder = msgspec.json.Decoder(Sums)
+
+
+class Registry:
+    """Looks at every worker's heartbeat, and fences those whose lease ran out."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._workers = shared.workers
+        self._seen: dict[str, tuple[float, Peer | None]] = {}
+
+    async def read(self, worker_id: str) -> Peer | None:
+        """A worker's heartbeat; None when there is none, so that nobody of that name holds anything."""
+        try:
+            stored = await self._workers.get(worker_id)
+        except NotFound:
+            return None
+        assert isinstance(stored, Stored)
+        try:
+            heartbeat = _decoder.decode(stored.body)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            # A damaged heartbeat proves nothing but its own age; its worker finds out at its next beat.
+            log.warning("a heartbeat cannot be read", worker=worker_id)
+            heartbeat = Heartbeat("", "alive", 0, self._shared.settings.visibility_timeout)
+        return Peer(worker_id, heartbeat, stored.version, stored.modified_s)
+
+    async def list(self) -> dict[str, float]:
+        """All registered workers with the LastModified of their heartbeats."""
+        found: dict[str, float] = {}
+        after = ""
+        while len(found) < LISTED_WORKERS_MAX:
+            page = await self._workers.list("", after=after, limit=LIST_LIMIT_MAX)
+            found.update((entry.key, entry.modified_s) for entry in page.entries)
+            if not page.more:
+                break
+            after = page.entries[-1].key
+        return found
+
+    async def owner(self, worker_id: str) -> Peer | None:
+        """As ``read``, but asks the store at most once a second for each worker, and fences one whose lease is over.
+
+        Returns None when the worker is gone: it has no heartbeat, or is fenced.
+        """
+        now = self._shared.clock.monotonic()
+        known = self._seen.get(worker_id)
+        if known is not None and now - known[0] < LIVENESS_CACHE_S:
+            peer = known[1]
+        else:
+            peer = await self.read(worker_id)
+        if peer is not None and await self._is_over(peer):
+            peer = None
+        if len(self._seen) > LISTED_WORKERS_MAX:
+            self._seen.clear()
+        self._seen[worker_id] = (now, peer)
+        return peer
+
+    def lease_left_s(self, peer: Peer) -> float:
+        """Seconds until anybody may fence this worker, unless it beats again."""
+        ends_s = (
+            peer.modified_s + self._shared.time.resolution_s + peer.heartbeat.ttl_s + self._shared.settings.lease_margin
+        )
+        return ends_s - self._shared.time.earliest()
+
+    def is_abandoned(self, peer: Peer, name: str, claim_modified_s: float) -> bool:
+        """Whether a living worker's claim is held by nobody: it landed before a beat that does not name it."""
+        landed_s = claim_modified_s + self._shared.time.resolution_s + self._shared.settings.lease_margin
+        return landed_s < peer.heartbeat.composed_ms / 1000 and name not in peer.heartbeat.held
+
+    async def _is_over(self, peer: Peer) -> bool:
+        if peer.heartbeat.state == "fenced":
+            await self._bury(peer)
+            return True
+        if self.lease_left_s(peer) > 0:
+            return False
+        return await self._fence(peer)
+
+    async def _fence(self, peer: Peer) -> bool:
+        """Make sure by compare-and-swap that the worker cannot beat again; False when it just did."""
+        fenced = msgspec.structs.replace(peer.heartbeat, nonce=self._shared.nonce(), state="fenced")
+        try:
+            await self._shared.swap(
+                peer.worker_id,
+                _encoder.encode(fenced),
+                when=IfVersion(peer.version),
+                deadline_s=FENCE_WITHIN_S,
+                storage=self._workers,
+            )
+        except Superseded as lost:
+            if lost.stored is None:
+                return True
+            now = await self.read(peer.worker_id)
+            return now is None or now.heartbeat.state == "fenced"
+        log.info("worker fenced: its lease ran out", worker=peer.worker_id)
+        await self.add_counters(peer.heartbeat.counters)
+        await self._bury(peer)
+        return True
+
+    async def _bury(self, peer: Peer) -> None:
+        # Fenced is final and ids are never used again, so no condition is needed.
+        await self._workers.delete(peer.worker_id)
+
+    async def add_counters(self, counters: Counters) -> None:
+        """Add a leaving worker's counters to the queue's sums."""
+        if counters == Counters():
+            return
+
+        def change(body: bytes | None) -> bytes:
+            before = Counters() if body is None else _decode_counters(body)
+            return _encoder.encode(Sums(self._shared.nonce(), before.plus(counters)))
+
+        await self._shared.totals.update(COUNTERS, change)
+
+    async def counters(self) -> Counters:
+        """What workers that left did, summed up."""
+        try:
+            stored = await self._shared.totals.get(COUNTERS)
+        except NotFound:
+            return Counters()
+        assert isinstance(stored, Stored)
+        return _decode_counters(stored.body)
+
+
+def _decode_counters(body: bytes) -> Counters:
+    try:
+        return _sums_decoder.decode(body).counters
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        log.warning("the queue's sums cannot be read; counting begins anew")
+        return Counters()
+
+
+class Lease:
+    """This worker's own heartbeat, from registration to farewell."""
+
+    def __init__(self, shared: Shared, registry: Registry, worker_id: str, vitals: Callable[[], Vitals]) -> None:
+        self._shared = shared
+        self._registry = registry
+        self.worker_id = worker_id
+        self._vitals = vitals
+        self._version = ""
+        self._trusted_until = -math.inf
+        self._last_beat = -math.inf
+        self._beating = anyio.Lock()
+        self._unanswered: list[bytes] = []
+        self.lost: str | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether this worker may start handlers and write settlements at this very moment."""
+        return self.lost is None and self._shared.clock.monotonic() < self._trusted_until
+
+    @property
+    def trust_left_s(self) -> float:
+        """Seconds for which the lease is trusted from now on, unless renewed."""
+        return max(0.0, self._trusted_until - self._shared.clock.monotonic())
+
+    @property
+    def registered(self) -> bool:
+        return self._version != "" and self.lost is None
+
+    @property
+    def last_beat(self) -> float | None:
+        """Local time of the last successful beat."""
+        return None if self._last_beat == -math.inf else self._last_beat
+
+    def check(self) -> None:
+        """Raise LeaseLost unless the lease is trusted."""
+        if not self.trusted:
+            raise LeaseLost(f"The lease of worker {self.worker_id} is over: {self.lost or 'not renewed in time'}.")
+
+    async def register(self) -> None:
+        """Create the heartbeat; nothing may be claimed before."""
+        await self._beat(IfAbsent())
+
+    async def run(self) -> None:
+        """Beat until the lease is lost; returns then. Cancel it to end it otherwise."""
+        settings = self._shared.settings
+        clock = self._shared.clock
+        next_at = self._last_beat + settings.heartbeat_interval
+        while self.lost is None:
+            now = clock.monotonic()
+            if now >= self._trusted_until:
+                self.lose("not renewed in time")
+                return
+            if now < next_at:
+                await clock.sleep(min(next_at, self._trusted_until) - now)
+                continue
+            try:
+                await self._beat(IfVersion(self._version))
+            except Superseded:
+                self.lose("fenced by another worker")
+                return
+            except (StoreUnavailable, Throttled) as error:
+                log.warning("heartbeat failed", worker=self.worker_id, error=str(error))
+                next_at = clock.monotonic() + min(1.0, settings.heartbeat_interval / 4)
+                if not error.retriable:
+                    next_at = clock.monotonic() + settings.heartbeat_interval / 2
+            else:
+                next_at = self._last_beat + settings.heartbeat_interval
+
+    def lose(self, reason: str) -> None:
+        """Trust the lease no more; final."""
+        if self.lost is None:
+            self.lost = reason
+
+    async def leave(self) -> None:
+        """Delete the heartbeat, once nothing is held any more and every handler has ended.
+
+        Raises:
+            StoreUnavailable, Throttled: It could not be deleted; it runs out by itself.
+        """
+        async with self._beating:
+            if not self._version:
+                return
+            await self._registry.add_counters(self._vitals().counters)
+            await self._shared.insist(
+                lambda: self._shared.workers.delete(self.worker_id), while_true=lambda: self.trusted
+            )
+            self.lose("left")
+
+    async def give_up(self) -> None:
+        """Delete the heartbeat although it was not renewed in time, so that others need not wait for it to run out.
+
+        Only for a worker whose handlers have ended; one try, and only of the heartbeat that this worker wrote last.
+        """
+        async with self._beating:
+            if not self._shared.conditional_delete or not self._version:
+                return
+            try:
+                await self._shared.workers.delete(self.worker_id, when=IfVersion(self._version))
+            except PreconditionFailed:
+                # Fenced by somebody, who has counted it, too.
+                return
+            await self._registry.add_counters(self._vitals().counters)
+
+    async def _beat(self, when: IfAbsent | IfVersion) -> None:
+        async with self._beating:
+            shared = self._shared
+            settings = shared.settings
+            sent_at = shared.clock.monotonic()
+            composed_ms = int(shared.time.earliest() * 1000)
+            vitals = self._vitals()
+            body = _encoder.encode(
+                Heartbeat(
+                    shared.nonce(),
+                    "alive",
+                    composed_ms,
+                    settings.visibility_timeout,
+                    vitals.capacity,
+                    vitals.in_flight,
+                    vitals.held,
+                    vitals.counters,
+                )
+            )
+            patience_s = min(FENCE_WITHIN_S, settings.visibility_timeout / 2)
+            if isinstance(when, IfVersion):
+                patience_s = max(0.0, min(patience_s, self._trusted_until - sent_at))
+            self._unanswered.append(body)
+            version = None
+            with anyio.move_on_after(patience_s):
+                try:
+                    version = await shared.swap(
+                        self.worker_id, body, when=when, deadline_s=patience_s, storage=shared.workers
+                    )
+                except Superseded as lost:
+                    if lost.stored is None or lost.stored.body not in self._unanswered:
+                        raise
+                    # An own earlier beat, given up unanswered, landed after all: go on from there.
+                    self._version = lost.stored.version
+            if version is None:
+                raise StoreUnavailable("The heartbeat was not confirmed in time.")
+            self._version = version
+            self._unanswered.clear()
+            self._last_beat = sent_at
+            self._trusted_until = sent_at + settings.visibility_timeout - settings.lease_margin

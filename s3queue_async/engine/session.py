@@ -1,0 +1,465 @@
+"""One registered life of a worker: its lease, what it holds, and the roles that work under that lease.
+
+A lease that is lost ends the life; whoever runs the session starts another one under a new id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+
+import anyio
+from anyio.abc import TaskGroup
+
+from s3queue_async.engine.claimer import Claimer
+from s3queue_async.engine.feed import Feed
+from s3queue_async.engine.held import Departing, Done, Held
+from s3queue_async.engine.recovery import Recovery
+from s3queue_async.engine.registry import Counters, Lease, Registry, Vitals
+from s3queue_async.engine.settler import Settler
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import StoreUnavailable, Throttled
+from s3queue_async.events import (
+    LeaseLostEvent,
+    MessageClaimed,
+    MessageDead,
+    MessageRetry,
+    WorkerStarted,
+    WorkerStopped,
+)
+from s3queue_async.log import log
+from s3queue_async.protocol.backoff import retry_delay_s
+from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.protocol.segment import Failure
+
+TICK_S = 0.1
+LINGER_SWEEP_S = 2.0
+RATE_WINDOW_S = 0.2
+PREFETCH_ROUNDS = 2.0
+"""Messages are fetched ahead for this many times as long as a claim takes."""
+PREFETCH_MAX = 4096
+SPLIT_PIECES_MAX = 16
+SPLIT_EARLY_PART = 0.25
+"""The part of ``split_after`` after which a segment is shared out early when it would clearly take longer."""
+ENDED_MAX = 20_000
+FAREWELL_S = 5.0
+
+
+class Session:
+    """Holds segments under one lease until it is drained, or the lease is lost.
+
+    Args:
+        shared: What all roles have.
+        worker_id: New for every life.
+        capacity: Messages that its worker handles at a time.
+    """
+
+    def __init__(self, shared: Shared, worker_id: str, *, capacity: int) -> None:
+        self.shared = shared
+        self.worker_id = worker_id
+        self.capacity = capacity
+        self.registry = Registry(shared)
+        self.lease = Lease(shared, self.registry, worker_id, self._vitals)
+        self.settler = Settler(shared, self.lease, on_end=self._on_end)
+        self.claimer = Claimer(
+            shared,
+            self.registry,
+            self.lease,
+            demand=self.demand,
+            queued_bytes=lambda: self.feed.queued_bytes if len(self.held) > 1 else 0,
+            deliver=self._deliver,
+            known=self._known,
+            let_linger=self.settler.let_linger,
+            release=self.settler.give_back,
+        )
+        patience_s = shared.settings.split_after or shared.settings.visibility_timeout
+        self.feed = Feed(shared.clock, patience_s=patience_s, on_hungry=self.claimer.poke)
+        self.recovery = Recovery(
+            shared,
+            self.registry,
+            self.lease,
+            known=self._known,
+            let_linger=self.settler.let_linger,
+            takeover=self,
+        )
+        self.held: dict[str, Held] = {}
+        self.counters = Counters()
+        self.wanted_by_receivers = 0
+        self.on_tick: list[Callable[[float], None]] = []
+        self._ended: dict[str, float] = {}
+        self._rate = 0.0
+        self._rate_at = shared.clock.monotonic()
+        self._rate_done = 0
+        self._changed = anyio.Event()
+        self._registered = anyio.Event()
+        self._over = anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._working: TaskGroup | None = None
+        self._starters: list[Callable[[Session, TaskGroup], None]] = []
+        self._may_leave = True
+        self._draining = False
+        self.handed_back = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Register, work, and stay until ``end`` or the loss of the lease.
+
+        Raises:
+            StoreUnavailable, Throttled: The worker could not register.
+        """
+        try:
+            await self.lease.register()
+        except BaseException:
+            self.lease.lose("not registered")
+            self._notify()
+            raise
+        self._registered.set()
+        log.info("worker started", worker=self.worker_id, capacity=self.capacity)
+        self.shared.bus.emit(WorkerStarted(worker_id=self.worker_id, capacity=self.capacity))
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as beating:
+                    beating.start_soon(self._beat)
+                    async with anyio.create_task_group() as working:
+                        for job in (
+                            self.settler.run,
+                            self.claimer.run,
+                            self._tick,
+                            self._sweep_linger,
+                            self.recovery.run,
+                        ):
+                            working.start_soon(job)
+                        self._working = working
+                        for start in self._starters:
+                            start(self, working)
+                        await self._over.wait()
+                        working.cancel_scope.cancel()
+                    beating.cancel_scope.cancel()
+        finally:
+            self._working = None
+            with anyio.CancelScope(shield=True):
+                await self._farewell()
+
+    def start_worker(self, capacity: int, start: Callable[[Session, TaskGroup], None]) -> None:
+        """Have a worker's tasks run under this lease, from now on or from the registration on.
+
+        Args:
+            capacity: Messages that it handles at a time.
+            start: Starts the tasks in the group, which ends before the heartbeat does.
+        """
+        self.capacity += capacity
+        self._starters.append(start)
+        if self._working is not None:
+            start(self, self._working)
+
+    def end(self) -> None:
+        """Leave; nothing may be held any more."""
+        self._over.set()
+
+    def keep_registered(self) -> None:
+        """Something that cannot be cancelled goes on: the lease must run out by itself."""
+        self._may_leave = False
+
+    async def _beat(self) -> None:
+        await self.lease.run()
+        reason = self.lease.lost or "ended"
+        lost = [held for held in self.held.values() if held.lost is None]
+        ids = [message_id for held in lost for message_id in held.message_ids()]
+        log.warning("lease lost", worker=self.worker_id, reason=reason, messages=len(ids))
+        for held in lost:
+            held.lose(reason)
+        self.shared.bus.emit(LeaseLostEvent(worker_id=self.worker_id, message_ids=ids, reason=reason))
+        self._scope.cancel()
+
+    async def _farewell(self) -> None:
+        reason = self.lease.lost
+        if reason is None and self.held:
+            # Cancelled with messages in hand: nobody runs them here any more, so others need not wait for the lease.
+            reason = "cancelled"
+        if self._may_leave:
+            with anyio.move_on_after(FAREWELL_S):
+                try:
+                    if reason == "fenced by another worker":
+                        pass
+                    elif reason == "not renewed in time":
+                        await self.lease.give_up()
+                    else:
+                        await self.lease.leave()
+                except (StoreUnavailable, Throttled) as error:
+                    log.warning("the heartbeat stays until it runs out", worker=self.worker_id, error=str(error))
+        self.lease.lose(reason or "ended")
+        self._over.set()
+        self._notify()
+        log.info("worker stopped", worker=self.worker_id, reason=reason or "drained")
+        self.shared.bus.emit(WorkerStopped(worker_id=self.worker_id, reason=reason or "drained"))
+
+    @property
+    def is_over(self) -> bool:
+        return self.lease.lost is not None
+
+    async def registered(self) -> None:
+        """Return once the worker is registered."""
+        await self._registered.wait()
+
+    # -- demand --------------------------------------------------------------------------------------------------
+
+    def demand(self) -> int:
+        """Messages wanted beyond those that wait already or are being claimed."""
+        if self._draining:
+            return 0
+        now = self.shared.clock.monotonic()
+        since_s = now - self._rate_at
+        if since_s >= RATE_WINDOW_S:
+            rate = (self.feed.finished - self._rate_done) / since_s
+            self._rate = rate if self._rate == 0.0 else (self._rate + rate) / 2
+            self._rate_at, self._rate_done = now, self.feed.finished
+        ahead = min(PREFETCH_MAX, int(self._rate * self.claimer.fetch_s * PREFETCH_ROUNDS))
+        wanted = self.feed.idle + self.wanted_by_receivers + ahead
+        return wanted - self.feed.queued - self.claimer.claiming_messages
+
+    # -- what becomes of messages --------------------------------------------------------------------------------
+
+    def finished(self, held: Held, index: int, *, attempt: int, duration_s: float, result: object) -> None:
+        """The message is done."""
+        held.finished.append(index)
+        if self.settler.keep_done:
+            held.done.append(Done(index, attempt, duration_s, result))
+        self.counters = _add(self.counters, completed=1)
+        self._after(held)
+
+    def retry(
+        self, held: Held, index: int, *, attempt: int, max_attempts: int, delay_s: float | None, failure: Failure
+    ) -> None:
+        """The attempt failed: another one after the backoff, or a dead letter after the last."""
+        settings = self.shared.settings
+        self.counters = _add(self.counters, failed=1)
+        if attempt >= max_attempts:
+            self.dead(held, index, attempts=attempt, failure=failure)
+            return
+        if delay_s is None:
+            delay_s = retry_delay_s(
+                attempt,
+                base_s=settings.backoff_base,
+                max_s=settings.backoff_max,
+                jitter=settings.backoff_jitter,
+                chance=self.shared.random.random(),
+            )
+        self.counters = _add(self.counters, retried=1)
+        record = held.index.records[index]
+        self.shared.bus.emit(
+            MessageRetry(
+                message_id=record.id, worker_id=self.worker_id, attempt=attempt, delay=delay_s, error=failure.reason
+            )
+        )
+        self._depart(held, index, attempt, failure, delay_s)
+
+    def dead(self, held: Held, index: int, *, attempts: int, failure: Failure) -> None:
+        """The message becomes a dead letter."""
+        record = held.index.records[index]
+        self.counters = _add(self.counters, dead=1)
+        log.info("dead letter", message=record.id, attempts=attempts, error=failure.reason, worker=self.worker_id)
+        self.shared.bus.emit(
+            MessageDead(message_id=record.id, worker_id=self.worker_id, attempts=attempts, error=failure.reason)
+        )
+        held.departing.append(Departing(index, attempts, failure, Place.DEAD))
+        self._after(held)
+
+    def released(self, held: Held, index: int, *, attempts: int, delay_s: float = 0.0) -> None:
+        """The message goes back unhandled; the attempt does not count."""
+        self.handed_back += 1
+        self._depart(held, index, attempts, None, delay_s)
+
+    def _depart(self, held: Held, index: int, attempts: int, failure: Failure | None, delay_s: float) -> None:
+        due_ms = self.shared.time.now_ms() + math.ceil(delay_s * 1000) if delay_s > 0 else 0
+        place = Place.DELAYED if due_ms else Place.READY
+        held.departing.append(Departing(index, attempts, failure, place, due_ms))
+        if due_ms:
+            self.claimer.notice_due(due_ms)
+        self._after(held)
+
+    def _after(self, held: Held) -> None:
+        if held.lost is None and held.complete:
+            self.settler.submit(held)
+
+    # -- what is held --------------------------------------------------------------------------------------------
+
+    def _deliver(self, held: Held) -> None:
+        self.held[held.name] = held
+        if self.shared.bus.wants(MessageClaimed.name):
+            for index in held.waiting:
+                record = held.index.records[index]
+                self.shared.bus.emit(
+                    MessageClaimed(message_id=record.id, worker_id=self.worker_id, token=held.token(record))
+                )
+        if self._draining:
+            self._hand_back(held)
+        elif held.complete or held.claim.pending_moves():
+            self.settler.submit(held)
+        if held.waiting:
+            self.feed.add(held)
+
+    def _on_end(self, held: Held) -> None:
+        self.feed.remove(held)
+        if self.held.pop(held.name, None) is None:
+            return
+        if len(self._ended) > ENDED_MAX:
+            self._ended = dict(list(self._ended.items())[ENDED_MAX // 2 :])
+        if held.lost is None:
+            self._ended[held.name] = self.shared.clock.monotonic()
+        else:
+            ids = held.message_ids()
+            self.shared.bus.emit(LeaseLostEvent(worker_id=self.worker_id, message_ids=ids, reason=held.lost))
+        self._notify()
+
+    def _known(self, name: str) -> bool:
+        if name in self.held:
+            return True
+        ended_at = self._ended.get(name)
+        return ended_at is not None and self.shared.clock.monotonic() - ended_at < self.shared.settings.claim_linger
+
+    def _vitals(self) -> Vitals:
+        names = {*self.held, *self.claimer.claiming}
+        return Vitals(self.capacity, self.feed.running, sorted(names), self.counters)
+
+    async def finish_orphan(self, key: SegmentKey) -> None:
+        """Take over a dead letter's claim that nobody holds, and settle what its holder left undone."""
+        held = await self.claimer.claim_one(key)
+        if held is None:
+            return
+        self.held[held.name] = held
+        if held.complete:
+            self.settler.submit(held)
+        else:
+            self.settler.submit_give_back(held)
+
+    async def claim_one(self, key: SegmentKey) -> Held | None:
+        """Claim one segment for work that is no handler's (redrive, purge); None when it is somebody else's."""
+        held = await self.claimer.claim_one(key)
+        if held is not None:
+            self.held[held.name] = held
+        return held
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        clock = self.shared.clock
+        while True:
+            now = clock.monotonic()
+            for held in list(self.held.values()):
+                if held.lost is None:
+                    self._split(held, now)
+                    if self.settler.is_due(held, now):
+                        self.settler.submit(held)
+            for callback in self.on_tick:
+                callback(now)
+            self.feed.wake(1)
+            await clock.sleep(TICK_S)
+
+    def _split(self, held: Held, now: float) -> None:
+        """Share out what this worker cannot start soon, so that slow jobs spread over the idle workers."""
+        split_after_s = self.shared.settings.split_after
+        if split_after_s is None or held.queued or not held.waiting:
+            return
+        since_s = now - held.claimed_at
+        keep = max(1, self.capacity if self.wanted_by_receivers == 0 else self.wanted_by_receivers)
+        if held.isolated:
+            keep = 1
+        waiting = len(held.waiting)
+        if since_s < split_after_s * SPLIT_EARLY_PART or (waiting <= keep and since_s < 2 * split_after_s):
+            return
+        done = len(held.index.records) - waiting - held.running
+        per_second = max(done, held.running / 2, 0.01) / since_s
+        if since_s < split_after_s and waiting / per_second <= split_after_s:
+            return
+        if waiting / per_second <= split_after_s / 2:
+            return
+        if waiting <= keep:
+            keep = 0
+        size = max(1 if held.isolated else max(1, self.capacity), math.ceil((waiting - keep) / SPLIT_PIECES_MAX))
+        for place in range(waiting - keep):
+            index = held.waiting.pop()
+            held.departing.append(Departing(index, held.attempts(index), None, Place.READY, group=place // size))
+        self.handed_back += waiting - keep
+        self.settler.submit(held)
+
+    async def _sweep_linger(self) -> None:
+        while True:
+            await self.shared.clock.sleep(LINGER_SWEEP_S)
+            try:
+                await self.settler.sweep_linger()
+            except (StoreUnavailable, Throttled) as error:
+                log.warning("deleting finished claims failed, trying again", error=str(error))
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    async def drain(self, *, stop_running: Callable[[], int], timeout_s: float) -> bool:
+        """Claim no more, hand back what was not started, let the rest end, settle everything, leave.
+
+        Args:
+            stop_running: Cancels what still runs when the time is over; returns how many that were.
+            timeout_s: How long handlers may go on.
+
+        Returns:
+            True when everything was settled.
+        """
+        self._draining = True
+        self.claimer.poke()
+        with anyio.move_on_after(timeout_s + self.lease.trust_left_s):
+            await self.claimer.stop()
+        for held in list(self.held.values()):
+            self._hand_back(held)
+        with anyio.move_on_after(timeout_s):
+            await self._until(lambda: self.feed.running == 0)
+        if self.feed.running:
+            stop_running()
+        await self._until(lambda: not self.held or self.is_over)
+        clean = not self.is_over
+        if clean:
+            with suppress(StoreUnavailable, Throttled):
+                await self._clear_linger()
+        self.end()
+        return clean
+
+    def _hand_back(self, held: Held) -> None:
+        if held.lost is not None:
+            return
+        if held.untouched and held.waiting and held.claim.state == "open":
+            self.handed_back += len(held.waiting)
+            held.waiting.clear()
+            self.settler.submit_give_back(held)
+            return
+        while held.waiting:
+            index = held.waiting.popleft()
+            held.departing.append(Departing(index, held.attempts(index), None, Place.READY))
+            self.handed_back += 1
+        self._after(held)
+
+    async def _clear_linger(self) -> None:
+        """Delete the claims of ended segments: all of them when nobody else is there who could have seen one.
+
+        A worker that registers after the listing below finds no segment to which one of these claims belongs.
+        """
+        if self.settler.lingering:
+            others = [worker for worker in await self.registry.list() if worker != self.worker_id]
+            await self.settler.sweep_linger(all_of_them=not others)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._changed = anyio.Event()
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+
+    def slot_free(self) -> None:
+        """A running message ended: somebody may be waiting for the last one."""
+        if self._draining:
+            self._notify()
+
+
+def _add(counters: Counters, *, completed: int = 0, retried: int = 0, failed: int = 0, dead: int = 0) -> Counters:
+    return Counters(
+        counters.completed + completed, counters.retried + retried, counters.failed + failed, counters.dead + dead
+    )

@@ -1,0 +1,452 @@
+"""Ends segments: every message is finished, or moved into exactly one new segment.
+
+All writes of a claim after it was taken go through here, one at a time for each segment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+
+import anyio
+import msgspec
+
+from s3queue_async.engine.dedup import Deduplicator
+from s3queue_async.engine.held import Departing, Done, Held
+from s3queue_async.engine.registry import Lease
+from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.writing import Fate, put_segment
+from s3queue_async.errors import CorruptObject, LeaseLost, QueueError, StoreUnavailable, Throttled
+from s3queue_async.log import log
+from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.claim import Claim, Departure, Move
+from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.storage.base import IfVersion, PreconditionFailed, Superseded
+
+LANES = 16
+"""Segments that are settled at a time."""
+DELETE_BATCH_MAX = 250
+LINGER_BATCH_MAX = 1000
+MOVES_AT_ONCE = 8
+FLUSH_MOVES_AFTER_S = 1.0
+"""How long a retry may wait in memory so that others of its segment share its new one."""
+DUE_GRAIN_S = 0.1
+DUE_GRAIN_PART = 0.1
+REST_S = 0.5
+
+
+class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A completed message as the history keeps it; ``result`` is msgpack."""
+
+    id: str
+    result: msgspec.Raw
+    attempts: int
+    worker_id: str
+    enqueued_ms: int
+    completed_ms: int
+    duration_s: float
+
+
+_history_encoder = msgspec.msgpack.Encoder()
+_result_encoder = msgspec.msgpack.Encoder(enc_hook=repr)
+
+
+class Settler:
+    """Records progress, moves messages, deletes segments, and later their claims.
+
+    Args:
+        shared: What all roles have.
+        lease: Asked before each write of a settlement.
+        on_end: Called once for each segment that is not held any more.
+    """
+
+    def __init__(self, shared: Shared, lease: Lease, *, on_end: Callable[[Held], None]) -> None:
+        self._shared = shared
+        self._lease = lease
+        self._on_end = on_end
+        self._dedup = Deduplicator(shared)
+        self._queue: deque[Held] = deque()
+        self._arrived = anyio.Event()
+        self._idle_lanes = 0
+        self._linger: deque[tuple[float, str]] = deque()
+        self.keep_done = shared.settings.retain_completed is not None
+        self.completed = 0
+
+    # -- what the others call ------------------------------------------------------------------------------------
+
+    def submit(self, held: Held) -> None:
+        """Have a segment's news recorded soon; calling it again before that changes nothing."""
+        if held.queued or held.ended or held.lost is not None:
+            return
+        held.queued = True
+        self._queue.append(held)
+        self._arrived.set()
+
+    async def flush(self, held: Held) -> None:
+        """Return once the store knows all that happened to a segment. Raises LeaseLost when it is not ours."""
+        waiter = anyio.Event()
+        held.waiters.append(waiter)
+        self.submit(held)
+        if held.lost is None and not held.ended:
+            await waiter.wait()
+        if held.lost is not None:
+            raise LeaseLost(f"The lease on {held.name} is lost: {held.lost}.")
+
+    def submit_give_back(self, held: Held) -> None:
+        """Give up a claim under which nothing happened; anybody may take the segment at once."""
+        held.giving_back = True
+        self.submit(held)
+
+    async def record_start(self, held: Held, index: int) -> None:
+        """Record in the claim that a message is about to run alone. Raises LeaseLost when the claim is not ours."""
+        async with held.lock:
+            finished = tuple(held.finished)
+            await self._write_claim(
+                held, lambda claim: claims.start(claim, index, finished=finished, nonce=self._shared.nonce())
+            )
+            held.recorded = len(finished)
+
+    def is_due(self, held: Held, now: float) -> bool:
+        """Whether news of a segment have waited long enough to be recorded although it goes on."""
+        since_s = now - held.flushed_at
+        if held.departing:
+            return since_s >= FLUSH_MOVES_AFTER_S
+        return len(held.finished) > held.recorded and since_s >= self._shared.settings.checkpoint_interval
+
+    async def run(self) -> None:
+        """Settle what is submitted until cancelled."""
+        async with anyio.create_task_group() as group:
+            for _ in range(LANES):
+                group.start_soon(self._lane)
+
+    async def sweep_linger(self, *, all_of_them: bool = False) -> None:
+        """Delete claims whose segments have been gone for long enough (or all: when no other worker exists)."""
+        now = self._shared.clock.monotonic()
+        while self._linger and (all_of_them or self._linger[0][0] <= now):
+            keys: list[str] = []
+            while self._linger and len(keys) < LINGER_BATCH_MAX and (all_of_them or self._linger[0][0] <= now):
+                keys.append(self._linger.popleft()[1])
+            try:
+                await self._delete(keys)
+            except (StoreUnavailable, Throttled):
+                self._linger.extendleft((now, key) for key in reversed(keys))
+                raise
+
+    def let_linger(self, claim_key: str) -> None:
+        """Delete a claim later: its segment is gone since this moment or longer."""
+        self._linger.append((self._shared.clock.monotonic() + self._shared.settings.claim_linger, claim_key))
+
+    @property
+    def lingering(self) -> int:
+        return len(self._linger)
+
+    # -- lanes ---------------------------------------------------------------------------------------------------
+
+    async def _lane(self) -> None:
+        while True:
+            while not self._queue:
+                self._arrived = anyio.Event()
+                await self._arrived.wait()
+            held = self._queue.popleft()
+            if held.giving_back:
+                await self._try([held], self.give_back(held))
+            elif _only_finished(held):
+                batch = [held]
+                while self._queue and len(batch) < DELETE_BATCH_MAX and _only_finished(self._queue[0]):
+                    batch.append(self._queue.popleft())
+                await self._try(batch, self._finish(batch))
+            else:
+                await self._try([held], self._settle(held))
+
+    async def _guarded(self, batch: Sequence[Held], work: Awaitable[None]) -> None:
+        """Do the work, and wake those who wait for it to be recorded."""
+        waiters: list[list[anyio.Event]] = []
+        for held in batch:
+            held.queued = False
+            waiters.append(held.waiters)
+            held.waiters = []
+        try:
+            await work
+        except BaseException:
+            for held, waiting in zip(batch, waiters, strict=True):
+                held.waiters[:0] = waiting
+            raise
+        for waiting in waiters:
+            for waiter in waiting:
+                waiter.set()
+
+    async def _try(self, batch: Sequence[Held], work: Awaitable[None]) -> None:
+        """Do the work; what another worker may own is given up, what failed is tried again while it is ours."""
+        try:
+            await self._guarded(batch, work)
+        except Superseded:
+            for held in batch:
+                self._lose(held, "its claim was taken by another worker")
+        except LeaseLost as error:
+            for held in batch:
+                self._lose(held, str(error))
+        except QueueError as error:
+            if not self._lease.trusted:
+                for held in batch:
+                    self._lose(held, str(error))
+                return
+            log.warning("settling failed, trying again", segment=batch[0].name, error=str(error))
+            await self._shared.clock.sleep(REST_S)
+            for held in batch:
+                self.submit(held)
+
+    def _lose(self, held: Held, reason: str) -> None:
+        held.lose(reason)
+        held.ended = True
+        self._on_end(held)
+
+    # -- the two ways to end a segment ---------------------------------------------------------------------------
+
+    async def _finish(self, batch: Sequence[Held]) -> None:
+        """Segments of which nothing is to be recorded: delete them, their claims follow after the linger."""
+        for held in batch:
+            if held.markers:
+                await self._mark(held, held.finished, ())
+        await self._keep_history(batch)
+        self._lease.check()
+        await self._shared.insist(
+            lambda: self._delete([held.key.text for held in batch]), while_true=lambda: self._lease.trusted
+        )
+        for held in batch:
+            self._ended(held)
+
+    async def _settle(self, held: Held) -> None:
+        async with held.lock:
+            self._lease.check()
+            held.flushed_at = self._shared.clock.monotonic()
+            complete = held.complete
+            finished = tuple(held.finished)
+            departing = tuple(held.departing)
+            if held.markers:
+                await self._mark(held, finished, departing)
+            await self._keep_history([held])
+            settling = complete and held.claim.state != "settled"
+            if departing or settling or len(finished) > held.recorded:
+                now_ms = self._shared.time.now_ms()
+                await self._write_claim(
+                    held,
+                    lambda claim: claims.move(
+                        claim,
+                        self._groups(held, claim, departing, now_ms),
+                        settled=complete,
+                        finished=finished,
+                        nonce=self._shared.nonce(),
+                    ),
+                )
+                held.recorded = len(finished)
+                del held.departing[: len(departing)]
+            pending = held.claim.pending_moves()
+            if pending:
+                await self._apply_all(held, pending)
+            if complete:
+                self._lease.check()
+                await self._shared.insist(lambda: self._delete([held.key.text]), while_true=lambda: self._lease.trusted)
+                self._ended(held)
+            elif pending:
+                keys = [move.key for move in pending]
+                await self._write_claim(held, lambda claim: claims.applied(claim, keys, nonce=self._shared.nonce()))
+        if not complete and held.complete:
+            self.submit(held)
+
+    async def give_back(self, held: Held) -> None:
+        """Give up a claim under which nothing happened; anybody may take the segment at once."""
+        shared = self._shared
+        async with held.lock:
+            fresh = held.claim.token == 1 and held.claim.crashes == 0
+            if shared.conditional_delete and fresh:
+                await self._delete_own_claim(held)
+            else:
+                await self._write_claim(held, lambda claim: claims.release(claim, nonce=shared.nonce()))
+        held.ended = True
+        self._on_end(held)
+
+    async def _delete_own_claim(self, held: Held) -> None:
+        async def attempt() -> None:
+            try:
+                await self._shared.storage.delete(held.key.claim, when=IfVersion(held.version))
+            except PreconditionFailed:
+                # Gone already by an earlier try, or somebody else's by now: not ours either way.
+                return
+
+        await self._shared.insist(attempt, while_true=lambda: self._lease.trusted)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    async def _write_claim(self, held: Held, change: Callable[[Claim], Claim]) -> None:
+        """Compare-and-swap the claim. Raises Superseded when it is another worker's."""
+        while True:
+            self._lease.check()
+            claim = change(held.claim)
+            try:
+                version = await self._shared.swap(
+                    held.key.claim,
+                    claims.encode(claim),
+                    when=IfVersion(held.version),
+                    deadline_s=self._lease.trust_left_s,
+                )
+            except Superseded as lost:
+                if lost.stored is None:
+                    raise
+                try:
+                    found = claims.decode(held.key.claim, lost.stored.body)
+                except CorruptObject:
+                    raise lost from None
+                if found.owner != self._lease.worker_id or found.token != held.claim.token:
+                    raise
+                # An own earlier write, given up unanswered, landed after all: go on from there.
+                held.claim, held.version = found, lost.stored.version
+            else:
+                held.claim, held.version = claim, version
+                return
+
+    def _groups(
+        self, held: Held, claim: Claim, departing: Iterable[Departing], now_ms: int
+    ) -> list[tuple[str, list[Departure]]]:
+        """Which messages share a new segment, and its key. Messages that left already are passed over."""
+        ended = claim.ended()
+        settings = self._shared.settings
+        by_group: dict[tuple[Place, object], list[Departing]] = defaultdict(list)
+        for leaving in departing:
+            if leaving.index not in ended:
+                place = Place.READY if leaving.place is Place.DELAYED and leaving.due_ms <= now_ms else leaving.place
+                by_group[place, leaving.group].append(leaving)
+        groups: list[tuple[str, list[Departure]]] = []
+        for (place, _), members in by_group.items():
+            if place is Place.DELAYED:
+                members.sort(key=lambda leaving: leaving.due_ms)
+            part: list[Departing] = []
+            size = 0
+            for leaving in members:
+                length = held.index.records[leaving.index].length
+                if part and (
+                    len(part) >= settings.segment_messages_max
+                    or size + length > settings.segment_bytes_max
+                    or (place is Place.DELAYED and not _due_together(part[0], leaving, now_ms))
+                ):
+                    groups.append(self._group(held, place, part))
+                    part, size = [], 0
+                part.append(leaving)
+                size += length
+            groups.append(self._group(held, place, part))
+        return groups
+
+    def _group(self, held: Held, place: Place, part: Sequence[Departing]) -> tuple[str, list[Departure]]:
+        due_ms = max(leaving.due_ms for leaving in part) if place is Place.DELAYED else 0
+        key = SegmentKey(place, self._shared.new_ulid(), len(part), held.index.priority, due_ms)
+        return key.text, [Departure(leaving.index, leaving.attempts, leaving.failure) for leaving in part]
+
+    async def _apply_all(self, held: Held, pending: Sequence[Move]) -> None:
+        limiter = anyio.CapacityLimiter(MOVES_AT_ONCE)
+        late: list[Move] = []
+
+        async def apply(move: Move) -> None:
+            async with limiter:
+                if not await self._apply(held, move):
+                    late.append(move)
+
+        while True:
+            async with anyio.create_task_group() as group:
+                for move in pending:
+                    group.start_soon(apply, move)
+            if not late:
+                return
+            renamed = {move.key: self._renamed(move) for move in late}
+            await self._write_claim(held, partial(_rekeyed, renamed=renamed, nonce=self._shared.nonce))
+            pending = [move for move in held.claim.pending_moves() if move.key in renamed.values()]
+            late.clear()
+
+    async def _apply(self, held: Held, move: Move) -> bool:
+        """Write a move's new segment; False when its key is too old: certainly not written, it needs a new one."""
+
+        def give_up(error: QueueError) -> None:
+            if not self._lease.trusted:
+                raise error
+
+        self._lease.check()
+        body = segments.encode(
+            claims.moved_index(held.claim, move, held.index), [held.payloads[index] for index in move.indices]
+        )
+        fate = await put_segment(self._shared, SegmentKey.parse(move.key), body, give_up=give_up, may_run_at_once=False)
+        return fate is Fate.WRITTEN
+
+    def _renamed(self, move: Move) -> str:
+        old = SegmentKey.parse(move.key)
+        return SegmentKey(old.place, self._shared.new_ulid(), old.count, old.priority, old.due_ms).text
+
+    async def _mark(self, held: Held, finished: Iterable[int], departing: Iterable[Departing]) -> None:
+        """Tell the deduplication markers before the segment goes."""
+        states = dict.fromkeys(finished, "finished")
+        # A dead letter counts as done: its id may be used again once the window is over.
+        states.update((leaving.index, "written") for leaving in departing)
+        for index, state in states.items():
+            reservation = held.markers.get(index)
+            if reservation is None or reservation.marker.state in (state, "finished"):
+                continue
+            advanced = await self._dedup.advance(
+                reservation, held.index.records[index].id, "finished" if state == "finished" else "written"
+            )
+            if advanced is None:
+                del held.markers[index]
+            else:
+                held.markers[index] = advanced
+
+    async def _keep_history(self, batch: Sequence[Held]) -> None:
+        if self._shared.settings.retain_completed is None:
+            return
+        now_ms = self._shared.time.now_ms()
+        records = [self._history_record(held, done, now_ms) for held in batch for done in held.done[held.kept :]]
+        if not records:
+            return
+        key = layout.history_key(now_ms, f"{self._lease.worker_id}-{self._shared.nonce()}")
+        await self._shared.insist(
+            lambda: self._shared.storage.put(key, _history_encoder.encode(records)),
+            while_true=lambda: self._lease.trusted,
+        )
+        for held in batch:
+            held.kept = len(held.done)
+
+    def _history_record(self, held: Held, done: Done, now_ms: int) -> HistoryRecord:
+        record = held.index.records[done.index]
+        return HistoryRecord(
+            record.id,
+            msgspec.Raw(_result_encoder.encode(done.result)),
+            done.attempt,
+            self._lease.worker_id,
+            record.enqueued_ms,
+            now_ms,
+            done.duration_s,
+        )
+
+    async def _delete(self, keys: Sequence[str]) -> None:
+        if len(keys) == 1:
+            await self._shared.storage.delete(keys[0])
+        else:
+            await self._shared.storage.delete_many(keys)
+
+    def _ended(self, held: Held) -> None:
+        held.ended = True
+        self.let_linger(held.key.claim)
+        self._on_end(held)
+
+
+def _only_finished(held: Held) -> bool:
+    return held.complete and not held.departing and not held.claim.pending_moves() and held.claim.state == "open"
+
+
+def _due_together(first: Departing, other: Departing, now_ms: int) -> bool:
+    grain_ms = max(DUE_GRAIN_S * 1000, DUE_GRAIN_PART * (first.due_ms - now_ms))
+    return other.due_ms - first.due_ms <= grain_ms
+
+
+def _rekeyed(claim: Claim, *, renamed: dict[str, str], nonce: Callable[[], str]) -> Claim:
+    for old, new in renamed.items():
+        claim = claims.rekey(claim, old, new, nonce=nonce())
+    return claim

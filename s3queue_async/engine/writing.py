@@ -1,0 +1,104 @@
+"""Writes a segment and decides whether it counts: one mechanism for enqueues and for moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
+from s3queue_async.events import SegmentVoided
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.storage.base import Conflict, IfAbsent, NotFound, PreconditionFailed, Stored
+
+CLOCK_MARGIN_S = 1.0
+CLOCK_MARGIN_PART = 0.2
+
+
+class Fate(Enum):
+    """What became of a write."""
+
+    WRITTEN = auto()
+    NOT_WRITTEN = auto()
+    UNKNOWN = auto()
+
+
+GiveUp = Callable[[QueueError], None]
+"""Called after each failure; raises when there is no point in another try."""
+
+
+async def look(shared: Shared, key: SegmentKey) -> Fate | None:
+    """What the store shows of a segment that may have been written; None: neither it nor a claim on it.
+
+    A void segment is deleted: nobody runs it, and anybody may delete it.
+    """
+    try:
+        stored = await shared.storage.get(key.text, span=(0, 1))
+    except NotFound:
+        try:
+            await shared.storage.get(key.claim, span=(0, 1))
+        except NotFound:
+            return None
+        return Fate.WRITTEN
+    assert isinstance(stored, Stored)
+    if not segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age):
+        return Fate.WRITTEN
+    shared.bus.emit(SegmentVoided(key=key.text))
+    await shared.storage.delete(key.text)
+    return Fate.NOT_WRITTEN
+
+
+async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: GiveUp, may_run_at_once: bool) -> Fate:
+    """Write a segment under a new key, and decide by reading when the reply is missing.
+
+    Args:
+        key: Made a moment ago: a segment counts only if it lands within ``segment_age`` of its key's time.
+        body: The segment.
+        give_up: Called after each failure; raises to end it.
+        may_run_at_once: Whether somebody may run it before this call returns. Its absence is then proof only while
+            a claim on it would still linger.
+
+    Returns:
+        WRITTEN; NOT_WRITTEN: certainly not, take a new key; UNKNOWN: the store was out of reach for too long.
+    """
+    settings = shared.settings
+    margin_s = min(CLOCK_MARGIN_S, CLOCK_MARGIN_PART * settings.segment_age)
+    created_s = key.created_ms / 1000
+    resend_until_s = created_s + settings.segment_age - margin_s
+    decide_after_s = created_s + settings.segment_age + margin_s
+    decide_until_s = created_s + settings.claim_linger - margin_s
+    tries = 0
+    while True:
+        if tries == 0 or shared.time.latest() < resend_until_s:
+            try:
+                written = await shared.storage.put(key.text, body, when=IfAbsent())
+            except (PreconditionFailed, Conflict):
+                pass
+            except (StoreUnavailable, Throttled) as error:
+                await _wait(shared, tries, error, give_up)
+            else:
+                date_s = written.date_s
+                if date_s is not None and not segments.is_void(key.created_ms, date_s, settings.segment_age):
+                    return Fate.WRITTEN
+        tries += 1
+        began_s = shared.time.earliest()
+        try:
+            fate = await look(shared, key)
+        except (StoreUnavailable, Throttled) as error:
+            await _wait(shared, tries, error, give_up)
+            continue
+        if fate is not None:
+            return fate
+        answered_s = shared.time.latest()
+        if began_s > decide_after_s:
+            return Fate.NOT_WRITTEN if answered_s < decide_until_s or not may_run_at_once else Fate.UNKNOWN
+        if answered_s >= resend_until_s:
+            await shared.clock.sleep(decide_after_s - shared.time.earliest() + 0.01)
+
+
+async def _wait(shared: Shared, tries: int, error: QueueError, give_up: GiveUp) -> None:
+    if not error.retriable:
+        raise error
+    give_up(error)
+    await shared.pause(tries, error)

@@ -1,0 +1,332 @@
+"""What happens in a queue, as plain events, and the bus that carries them to whoever listens."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ClassVar, TypeVar
+
+import anyio
+import msgspec
+
+from s3queue_async.errors import InvalidSettings
+from s3queue_async.log import log
+
+EVENT_BUFFER = 10_000
+"""Events kept for a slow reader of ``queue.events()`` or a slow async callback; the oldest are dropped beyond."""
+
+
+class Event(msgspec.Struct, kw_only=True):
+    """Base of all events; ``name`` says which."""
+
+    name: ClassVar[str] = ""
+
+
+class MessageEnqueued(Event):
+    """A message is durable in the queue."""
+
+    name: ClassVar[str] = "message.enqueued"
+    message_id: str
+    priority: int
+    delayed: bool
+
+
+class MessageClaimed(Event):
+    """This worker holds the message."""
+
+    name: ClassVar[str] = "message.claimed"
+    message_id: str
+    worker_id: str
+    token: int
+
+
+class MessageProcessing(Event):
+    """The handler starts."""
+
+    name: ClassVar[str] = "message.processing"
+    message_id: str
+    worker_id: str
+    attempt: int
+
+
+class MessageCompleted(Event):
+    """The message is finished and will not be delivered again."""
+
+    name: ClassVar[str] = "message.completed"
+    message_id: str
+    worker_id: str
+    attempt: int
+    duration: float
+    result: Any
+
+
+class MessageRetry(Event):
+    """An attempt failed; another one follows in ``delay`` seconds."""
+
+    name: ClassVar[str] = "message.retry"
+    message_id: str
+    worker_id: str
+    attempt: int
+    delay: float
+    error: str
+
+
+class MessageDead(Event):
+    """The message is a dead letter now."""
+
+    name: ClassVar[str] = "message.dead"
+    message_id: str
+    worker_id: str
+    attempts: int
+    error: str
+
+
+class WorkerStarted(Event):
+    """A worker is registered and begins to claim."""
+
+    name: ClassVar[str] = "workers.started"
+    worker_id: str
+    capacity: int
+
+
+class WorkerStopped(Event):
+    """A worker has settled what it held and is not registered any more."""
+
+    name: ClassVar[str] = "workers.stopped"
+    worker_id: str
+    reason: str
+
+
+class CoordinatorPromoted(Event):
+    """This process coordinates from now on."""
+
+    name: ClassVar[str] = "coordinator.promoted"
+    worker_id: str
+    term: int
+
+
+class CoordinatorDemoted(Event):
+    """This process does not coordinate any more."""
+
+    name: ClassVar[str] = "coordinator.demoted"
+    worker_id: str
+    term: int
+    reason: str
+
+
+class LeaseLostEvent(Event):
+    """Another worker may own these messages; their handlers are cancelled and nothing of them is settled."""
+
+    name: ClassVar[str] = "lease.lost"
+    worker_id: str
+    message_ids: list[str]
+    reason: str
+
+
+class StoreThrottled(Event):
+    """The store asked for fewer requests."""
+
+    name: ClassVar[str] = "s3.throttled"
+    operation: str
+    wait: float
+
+
+class MetricsSnapshot(Event):
+    """The figures of the last interval."""
+
+    name: ClassVar[str] = "metrics"
+    values: dict[str, float]
+
+
+class LoopBlocked(Event):
+    """A handler kept the event loop from running; heartbeats stand still meanwhile."""
+
+    name: ClassVar[str] = "loop.blocked"
+    handler: str
+    message_id: str
+    seconds: float
+
+
+class ObjectSetAside(Event):
+    """An object of the queue could not be read; ``quarantined`` is where its copy is, None when it was left alone."""
+
+    name: ClassVar[str] = "object.corrupt"
+    key: str
+    reason: str
+    quarantined: str | None
+
+
+class EnqueueAmbiguous(Event):
+    """A producer was cut off for so long that it had to write messages a second time."""
+
+    name: ClassVar[str] = "enqueue.ambiguous"
+    message_ids: list[str]
+
+
+class SegmentVoided(Event):
+    """A segment landed too late to count; its writer has written it again under another key."""
+
+    name: ClassVar[str] = "segment.void"
+    key: str
+
+
+EventT = TypeVar("EventT", bound=Event)
+Callback = Callable[[Any], Awaitable[None] | None]
+
+EVENTS: dict[str, type[Event]] = {
+    kind.name: kind
+    for kind in (
+        MessageEnqueued,
+        MessageClaimed,
+        MessageProcessing,
+        MessageCompleted,
+        MessageRetry,
+        MessageDead,
+        WorkerStarted,
+        WorkerStopped,
+        CoordinatorPromoted,
+        CoordinatorDemoted,
+        LeaseLostEvent,
+        StoreThrottled,
+        MetricsSnapshot,
+        LoopBlocked,
+        ObjectSetAside,
+        EnqueueAmbiguous,
+        SegmentVoided,
+    )
+}
+ALL = "*"
+
+
+class Subscription:
+    """One reader of ``queue.events()``; use it as an async context manager or iterate over it."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self._bus = bus
+        self._events: deque[Event] = deque(maxlen=EVENT_BUFFER)
+        self._arrived = anyio.Event()
+        self._closed = False
+        self.dropped = 0
+
+    def push(self, event: Event) -> None:
+        if len(self._events) == EVENT_BUFFER:
+            self.dropped += 1
+        self._events.append(event)
+        self._arrived.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._arrived.set()
+
+    async def next(self) -> Event | None:
+        """The next event; None once the queue is closed and everything was read."""
+        while not self._events:
+            if self._closed:
+                return None
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+        return self._events.popleft()
+
+
+class EventBus:
+    """Carries events to callbacks and readers; costs nothing where nobody listens."""
+
+    def __init__(self) -> None:
+        self._callbacks: dict[str, list[Callback]] = {}
+        self._subscriptions: list[Subscription] = []
+        self._wanted: frozenset[str] = frozenset()
+        self._later: deque[tuple[Callback, Awaitable[None], Event]] = deque()
+        self._more = anyio.Event()
+        self._closed = False
+        self.dropped = 0
+
+    def on(self, name: str, callback: Callback) -> Callable[[], None]:
+        """Call ``callback`` with every event of that name ("*": all); returns a function that ends it."""
+        if name != ALL and name not in EVENTS:
+            raise InvalidSettings(
+                f"There is no event {name!r}.", suggestion=f"There are: {', '.join(EVENTS)} and '*' for all of them."
+            )
+        self._callbacks.setdefault(name, []).append(callback)
+        self._update()
+
+        def off() -> None:
+            if callback in self._callbacks.get(name, ()):
+                self._callbacks[name].remove(callback)
+                self._update()
+
+        return off
+
+    def wants(self, name: str) -> bool:
+        """Whether anybody listens; events of the hot path are not even made otherwise."""
+        return name in self._wanted
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to all who listen. Never raises: a failing callback is logged."""
+        if event.name not in self._wanted:
+            return
+        for subscription in self._subscriptions:
+            subscription.push(event)
+        for key in (event.name, ALL):
+            for callback in tuple(self._callbacks.get(key, ())):
+                self._call(callback, event)
+
+    async def subscribe(self) -> AsyncIterator[Event]:
+        """Every event from now on, until the queue is closed."""
+        subscription = Subscription(self)
+        self._subscriptions.append(subscription)
+        self._update()
+        try:
+            while True:
+                event = await subscription.next()
+                if event is None:
+                    return
+                yield event
+        finally:
+            self._subscriptions.remove(subscription)
+            self._update()
+
+    async def run(self) -> None:
+        """Await what async callbacks returned, one after the other; ends after ``close``."""
+        while True:
+            while self._later:
+                callback, waiting, event = self._later.popleft()
+                try:
+                    await waiting
+                except Exception:  # noqa: BLE001 - a failing callback must hurt nobody; it is logged
+                    log.exception("event callback failed", callback=_name(callback), event_name=event.name)
+            if self._closed:
+                return
+            self._more = anyio.Event()
+            await self._more.wait()
+
+    def close(self) -> None:
+        """No more events: readers end after what they have, ``run`` after what is under way."""
+        self._closed = True
+        for subscription in self._subscriptions:
+            subscription.close()
+        self._more.set()
+
+    def _call(self, callback: Callback, event: Event) -> None:
+        try:
+            returned = callback(event)
+        except Exception:  # noqa: BLE001 - a failing callback must hurt nobody; it is logged
+            log.exception("event callback failed", callback=_name(callback), event_name=event.name)
+            return
+        if returned is None or not inspect.isawaitable(returned):
+            return
+        if len(self._later) >= EVENT_BUFFER:
+            _, waiting, _ = self._later.popleft()
+            if inspect.iscoroutine(waiting):
+                waiting.close()
+            self.dropped += 1
+        self._later.append((callback, returned, event))
+        self._more.set()
+
+    def _update(self) -> None:
+        names = {name for name, callbacks in self._callbacks.items() if callbacks}
+        self._wanted = frozenset(EVENTS) if self._subscriptions or ALL in names else frozenset(names)
+
+
+def _name(callback: Callback) -> str:
+    return getattr(callback, "__qualname__", repr(callback))

@@ -1,0 +1,38 @@
+"""The library's logger: quiet until the application asks for it.
+
+Where structlog is configured, events go there; otherwise they go to the standard library's logger
+``s3queue_async``, which shows nothing before a handler is set up.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import structlog
+
+NAME = "s3queue_async"
+
+logging.getLogger(NAME).addHandler(logging.NullHandler())
+
+_standard = structlog.wrap_logger(
+    logging.getLogger(NAME),
+    processors=[
+        structlog.stdlib.filter_by_level,
+        structlog.processors.format_exc_info,
+        structlog.processors.KeyValueRenderer(key_order=["event"], drop_missing=True),
+    ],
+    wrapper_class=structlog.stdlib.BoundLogger,
+    cache_logger_on_first_use=True,
+)
+_configured = structlog.get_logger(NAME)
+
+
+class Log:
+    """Chooses at each call, because applications configure their logging after their imports."""
+
+    def __getattr__(self, level: str) -> Any:
+        return getattr(_configured if structlog.is_configured() else _standard, level)
+
+
+log = Log()

@@ -1,0 +1,692 @@
+"""S3Queue: the front door. It wires the parts together and holds no algorithm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime, timedelta
+from random import Random, SystemRandom  # noqa: TID251 - the one place where chance comes from
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, overload
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from s3queue_async.clock import Clock, SystemClock
+from s3queue_async.dead_letters import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, DeadLetters
+from s3queue_async.engine.config import open_queue
+from s3queue_async.engine.inspector import Inspector
+from s3queue_async.engine.producer import OrderedWrites, Producer
+from s3queue_async.engine.session import Session
+from s3queue_async.engine.shared import Shared, TimedStorage
+from s3queue_async.errors import (
+    InvalidSettings,
+    InvalidURL,
+    MessageNotFound,
+    QueueClosed,
+    QueueFull,
+    StoreUnavailable,
+    Throttled,
+)
+from s3queue_async.events import Event, EventBus, MessageCompleted, MessageDead, MessageRetry, StoreThrottled
+from s3queue_async.intake import Intake, checked_dedup_id
+from s3queue_async.log import log
+from s3queue_async.message import (
+    CompletedMessage,
+    DrainReport,
+    Health,
+    Message,
+    MessageStatus,
+    QueueStats,
+    WorkerInfo,
+)
+from s3queue_async.protocol import layout
+from s3queue_async.receiver import Receiver, checked_receive
+from s3queue_async.settings import Settings, seconds, whole_number
+from s3queue_async.storage.base import Storage
+from s3queue_async.storage.metered import MeteredStorage, StorageMetrics
+from s3queue_async.storage.open import storage_from_url
+from s3queue_async.storage.throttle import ThrottledStorage
+from s3queue_async.worker import Handler, HandlerFunction, Worker, payload_decoder
+
+URL_VARIABLE = "S3QUEUE_URL"
+BACKLOG_LOOK_S = 1.0
+ENQUEUE_MANY_BATCHES = 8
+RESTART_PAUSE_MAX_S = 30.0
+LIVE_WITHIN_S = 30.0
+
+PayloadT = TypeVar("PayloadT")
+HandlerT = TypeVar("HandlerT", bound=HandlerFunction)
+
+
+class _Begun:
+    """What was begun already may be awaited to see it end."""
+
+    def __init__(self, wait: Callable[[], Awaitable[None]]) -> None:
+        self._wait = wait
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._wait().__await__()
+
+
+class S3Queue(Generic[PayloadT]):
+    """A job queue in a bucket, a file, or memory.
+
+    Use it as an async context manager; leaving it drains. A queue object that has no handler and does not receive
+    registers no worker: producing costs nothing but its writes.
+
+    Args:
+        url: ``s3://bucket/prefix?endpoint_url=...&region=...``, ``sqlite:///path/queue.db?name=...`` or
+            ``memory://name``; by default what S3QUEUE_URL says.
+        payload_type: What payloads are; checked before anything is written, and decoded to.
+        settings: See Settings; every S3QUEUE_<NAME> of the environment replaces a setting left at its default.
+        storage: An object of your own that satisfies the Storage protocol, instead of a url.
+        on_message: A handler, as if registered with ``handler()``.
+        on_error: Called with each MessageRetry and MessageDead event.
+        on_complete: Called with each MessageCompleted event.
+        auto_start: Start processing as soon as the queue is open and a handler is there.
+        concurrency: Of ``on_message``.
+        clock, rng: Local time and chance, for tests and simulation.
+
+    Raises:
+        InvalidURL: The url cannot be understood.
+        UnknownSetting, InvalidSettings: An S3QUEUE_ variable is wrong.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        payload_type: Any = Any,
+        settings: Settings | None = None,
+        storage: Storage | None = None,
+        on_message: HandlerFunction | None = None,
+        on_error: Callable[[Any], Any] | None = None,
+        on_complete: Callable[[Any], Any] | None = None,
+        auto_start: bool = True,
+        concurrency: int = 10,
+        clock: Clock | None = None,
+        rng: Random | None = None,
+    ) -> None:
+        self.settings = (Settings() if settings is None else settings).with_environment()
+        if storage is None:
+            url = url or os.environ.get(URL_VARIABLE)
+            if not url:
+                raise InvalidURL(f"No url was given, and {URL_VARIABLE} is not set.")
+            storage = storage_from_url(url)
+        self.url = url
+        self._decode = payload_decoder(payload_type)
+        self._bus = EventBus()
+        self._clock = SystemClock() if clock is None else clock
+        self._random = SystemRandom() if rng is None else rng
+        self._metered = MeteredStorage(storage, clock=self._clock)
+        self._timed = TimedStorage(self._metered, self._clock)
+        self._storage = ThrottledStorage(self._timed, clock=self._clock, on_throttled=self._throttled)
+        self._shared = Shared(self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus)
+        self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
+        self._producer = Producer(self._shared, hand_over=self)
+        self._inspector = Inspector(self._shared, self._decode, lambda: self._session)
+        self.dead_letters = DeadLetters(self._inspector, self._working)
+        self._auto_start = auto_start
+        self._worker: Worker | None = None
+        self._session: Session | None = None
+        self._receiver: Receiver | None = None
+        self._serving: anyio.Event | None = None
+        self._stop_serving = False
+        self._processing = False
+        self._stack: AsyncExitStack | None = None
+        self._group: TaskGroup | None = None
+        self._draining = False
+        self._report: DrainReport | None = None
+        self._drained = anyio.Event()
+        self._backlog = (-BACKLOG_LOOK_S, 0)
+        if on_error is not None:
+            self._bus.on(MessageRetry.name, on_error)
+            self._bus.on(MessageDead.name, on_error)
+        if on_complete is not None:
+            self._bus.on(MessageCompleted.name, on_complete)
+        if on_message is not None:
+            self._worker = Worker(Handler(on_message, self._decode), concurrency)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._stack is not None or self._report is not None:
+            raise QueueClosed("This queue object was opened before.", suggestion="Make a new S3Queue to open it again.")
+        async with AsyncExitStack() as stack:
+            await self._storage.open()
+            stack.push_async_callback(self._close_storage)
+            self._shared.conditional_delete = await open_queue(self._shared)
+            self._group = await stack.enter_async_context(anyio.create_task_group())
+            await self._group.start(self._producer.run)
+            self._group.start_soon(self._bus.run)
+            self._stack = stack.pop_all()
+        if self._auto_start and self._worker is not None:
+            self._processing = True
+            self._serve()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack = self._require_stack()
+        with anyio.CancelScope(shield=True):
+            await self.drain()
+        assert self._group is not None
+        # What the body raised goes on as it is; only a background task's failure comes as the group's.
+        failed = self._group.cancel_scope.cancel_called
+        self._bus.close()
+        self._group.cancel_scope.cancel()
+        self._stack = None
+        await (stack.__aexit__(kind, error, trace) if failed else stack.aclose())
+
+    async def _close_storage(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._storage.close()
+
+    def _require_stack(self) -> AsyncExitStack:
+        if self._stack is None:
+            raise QueueClosed("The queue is not open.")
+        return self._stack
+
+    def _require_open(self) -> TaskGroup:
+        if self._stack is None or self._group is None:
+            raise QueueClosed("The queue is not open.")
+        if self._draining:
+            raise QueueClosed("The queue drains or is drained.")
+        return self._group
+
+    async def drain(self, timeout: float | timedelta | None = None) -> DrainReport:
+        """Stop claiming, let running handlers end, hand back the rest, flush enqueues under way, deregister.
+
+        Args:
+            timeout: Seconds for which running handlers may go on; then they are cancelled and their messages
+                handed back. None: ``drain_timeout``. Heartbeats go on until everything is settled.
+
+        Returns:
+            What was done. Calling it again returns the same report.
+
+        Raises:
+            QueueClosed: The queue was never opened.
+        """
+        if self._report is not None:
+            return self._report
+        self._require_stack()
+        timeout_s = self.settings.drain_timeout if timeout is None else seconds("timeout", timeout)
+        if self._draining:
+            return await self._end_of_drain()
+        self._draining = True
+        began = self._clock.monotonic()
+        flushed = 0
+        stopped = _Stopped()
+
+        async def flush() -> None:
+            nonlocal flushed
+            flushed = await self._producer.close()
+
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(flush)
+                stopped = await self._stop(timeout_s)
+        finally:
+            self._report = DrainReport(
+                finished=stopped.finished,
+                handed_back=stopped.handed_back,
+                cancelled=stopped.cancelled,
+                flushed=flushed,
+                clean=stopped.clean,
+                elapsed=self._clock.monotonic() - began,
+            )
+            self._drained.set()
+        return self._report
+
+    async def _end_of_drain(self) -> DrainReport:
+        await self._drained.wait()
+        assert self._report is not None
+        return self._report
+
+    async def run(self) -> DrainReport:
+        """Serve until SIGTERM or SIGINT arrives, or the queue is drained elsewhere; then drain.
+
+        Opens the queue first where that is not done yet. A second signal cancels running handlers at once.
+        """
+        if self._stack is None:
+            async with self:
+                return await self.run()
+        self._require_open()
+        if self._worker is not None and not self._processing:
+            self._processing = True
+            self._serve()
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with anyio.create_task_group() as group:
+
+                async def on_signal() -> None:
+                    async for signum in signals:
+                        log.info("signal received, draining", signal=signal.Signals(signum).name)
+                        if self._draining:
+                            self._cancel_running()
+                        else:
+                            group.start_soon(self.drain)
+
+                group.start_soon(on_signal)
+                report = await self._end_of_drain()
+                group.cancel_scope.cancel()
+        return report
+
+    # -- producing -----------------------------------------------------------------------------------------------
+
+    async def enqueue(
+        self,
+        payload: PayloadT,
+        *,
+        priority: int = 0,
+        delay: float | timedelta | None = None,
+        deliver_at: datetime | None = None,
+        dedup_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int | None = None,
+        expires_in: float | timedelta | None = None,
+    ) -> str:
+        """Put a message into the queue and return its id once it is durable.
+
+        Args:
+            payload: What msgspec encodes, or ``bytes`` as they are.
+            priority: 0 (last) to 255 (first).
+            delay: Seconds (or timedelta) until it may be delivered; up to ten years.
+            deliver_at: The same as a point in time, an aware datetime; not together with ``delay``.
+            dedup_id: A second message with the same id within ``dedup_window`` is not enqueued; the id of the first
+                one is returned.
+            headers: Text that goes along with the message, at most 16 KiB in all.
+            max_attempts: 1 to 10,000, instead of the queue's ``max_attempts``.
+            expires_in: Seconds (or timedelta) after which it is not started any more, but becomes a dead letter.
+
+        Returns:
+            The message's id.
+
+        Raises:
+            InvalidPayload, InvalidPriority, InvalidSettings, MessageTooLarge: Nothing was written.
+            QueueFull: The backlog reached ``max_pending``; nothing was written.
+            QueueClosed: The queue is not open, or drains.
+            StoreUnavailable: The store did not confirm the write; its text says whether it may have been written.
+        """
+        self._require_open()
+        due_ms = self._intake.due_ms(delay, deliver_at)
+        options = self._intake.options(priority, dedup_id, headers, max_attempts, expires_in)
+        entry = self._intake.entry(payload, options)
+        if self.settings.max_pending is not None:
+            await self._check_room(1)
+        return await self._producer.enqueue(entry, priority, due_ms)
+
+    async def enqueue_many(
+        self,
+        payloads: Iterable[PayloadT] | AsyncIterable[PayloadT],
+        *,
+        priority: int = 0,
+        delay: float | timedelta | None = None,
+        deliver_at: datetime | None = None,
+        dedup_id: Callable[[PayloadT], str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int | None = None,
+        expires_in: float | timedelta | None = None,
+    ) -> list[str]:
+        """Put many messages into the queue; the payloads are taken as they are written, in bounded memory.
+
+        Args:
+            payloads: A (lazy, if you like) iterable or async iterable.
+            dedup_id: A function from payload to deduplication id.
+            priority, delay, deliver_at, headers, max_attempts, expires_in: Of every message, as in ``enqueue``.
+
+        Returns:
+            The ids in the order of the payloads.
+
+        Raises:
+            As ``enqueue``. Messages of segments written before the failure stay in the queue; the error's
+            ``enqueued_ids`` has their ids.
+        """
+        self._require_open()
+        if isinstance(dedup_id, str):
+            raise InvalidSettings("dedup_id of enqueue_many must be a function from payload to id, not one id for all.")
+        due_ms = self._intake.due_ms(delay, deliver_at)
+        options = self._intake.options(priority, None, headers, max_attempts, expires_in)
+        writes = OrderedWrites(ENQUEUE_MANY_BATCHES * self.settings.segment_messages_max)
+        try:
+            async for payload in _each(payloads):
+                entry = self._intake.entry(payload, options)
+                if dedup_id is not None:
+                    entry.dedup_id = checked_dedup_id(dedup_id(payload))
+                if self.settings.max_pending is not None:
+                    await self._check_room(1)
+                await writes.add(*await self._producer.add_once(entry, priority, due_ms))
+            return await writes.finish()
+        except Exception as error:
+            with anyio.CancelScope(shield=True):
+                error.enqueued_ids = await writes.ids_written()  # type: ignore[attr-defined]  # told to the caller
+            raise
+
+    async def _check_room(self, count: int) -> None:
+        most = self.settings.max_pending
+        assert most is not None
+        looked_at, known = self._backlog
+        now = self._clock.monotonic()
+        if now - looked_at >= BACKLOG_LOOK_S:
+            known = await self._inspector.backlog(stop_at=most) + self._producer.unwritten
+            looked_at = now
+        if known + count > most:
+            self._backlog = (looked_at, known)
+            raise QueueFull(f"The backlog has reached max_pending={most}.")
+        self._backlog = (looked_at, known + count)
+
+    # -- hand-over: what the producer tells this process's worker ------------------------------------------------
+
+    def offer(self, key: layout.SegmentKey, index: Any, payloads: Sequence[bytes], *, shown_at: float) -> None:
+        """A segment was written here; an idle worker of this process takes it from memory."""
+        if self._session is not None:
+            self._session.claimer.offer(key, index, payloads, shown_at=shown_at)
+
+    def notice_due(self, due_ms: int) -> None:
+        """A delayed segment was written here."""
+        if self._session is not None:
+            self._session.claimer.notice_due(due_ms)
+
+    # -- consuming -----------------------------------------------------------------------------------------------
+
+    @overload
+    def handler(self, function: HandlerT) -> HandlerT: ...
+
+    @overload
+    def handler(self, *, concurrency: int = 10) -> Callable[[HandlerT], HandlerT]: ...
+
+    def handler(
+        self, function: HandlerT | None = None, *, concurrency: int = 10
+    ) -> HandlerT | Callable[[HandlerT], HandlerT]:
+        """Register the function below as the queue's handler, and start processing (unless auto_start is False).
+
+        Args:
+            concurrency: How many messages it handles at a time, 1 to 10,000.
+
+        Raises:
+            InvalidSettings: It cannot be called with a payload, or there is a handler already.
+        """
+
+        def register(function: HandlerT) -> HandlerT:
+            self._set_worker(function, concurrency)
+            if self._auto_start and self._stack is not None:
+                self._processing = True
+                self._serve()
+            return function
+
+        return register if function is None else register(function)
+
+    def start_processing(self, handler: HandlerFunction | None = None, *, concurrency: int = 10) -> Awaitable[None]:
+        """Start processing with this handler, or the one that is registered.
+
+        Returns:
+            Await it to go on once the worker is registered; it starts either way.
+        """
+        self._require_open()
+        if handler is not None:
+            self._set_worker(handler, concurrency)
+        if self._worker is None:
+            raise InvalidSettings("There is no handler.", suggestion="Pass one, or register it with @queue.handler().")
+        self._processing = True
+        self._serve()
+        return _Begun(self._until_registered)
+
+    def stop_processing(self) -> Awaitable[None]:
+        """Stop claiming, let running handlers end, hand back the rest, deregister; enqueueing goes on.
+
+        Returns:
+            Await it to go on once that is done; it begins either way.
+        """
+        group = self._require_open()
+        done = anyio.Event()
+
+        async def stop() -> None:
+            try:
+                await self._stop(self.settings.drain_timeout)
+            finally:
+                done.set()
+
+        group.start_soon(stop)
+        return _Begun(done.wait)
+
+    async def receive(self, max_messages: int = 10, *, wait: float | timedelta = 20) -> list[Message[PayloadT]]:
+        """Take up to ``max_messages`` messages, to be acknowledged explicitly within ``visibility_timeout``.
+
+        Args:
+            max_messages: 1 to 1,000.
+            wait: Seconds (or timedelta) to wait for the first one, 0 to 3,600; 0 looks once.
+
+        Returns:
+            The messages; an empty list when there were none.
+        """
+        wait_s = checked_receive(max_messages, wait)
+        receiver = await self._receiving()
+        return await receiver.receive(max_messages, wait_s)
+
+    async def consume(self) -> AsyncIterator[Message[PayloadT]]:
+        """Every message as it comes, one at a time, until the queue drains; acknowledge each."""
+        while not self._draining and self._stack is not None:
+            for message in await self.receive(1, wait=1.0):
+                yield message
+
+    async def process_next(self) -> bool:
+        """Handle one message with the registered handler, and settle it before returning; False when there is none.
+
+        For Lambda functions and scripts; make the queue with ``auto_start=False`` then.
+        """
+        self._require_open()
+        if self._worker is None:
+            raise InvalidSettings("There is no handler.", suggestion="Register one with @queue.handler().")
+        await self._receiving()
+        session = self._session
+        if session is None:
+            return False
+        return await self._worker.process_next(session)
+
+    def _set_worker(self, function: HandlerFunction, concurrency: int) -> None:
+        if self._worker is not None and self._processing:
+            raise InvalidSettings(
+                f"The queue has the handler {self._worker.handler.name} already.",
+                suggestion="Call stop_processing() first, or tell messages apart inside one handler.",
+            )
+        self._worker = Worker(Handler(function, self._decode), concurrency)
+
+    async def _receiving(self) -> Receiver:
+        self._require_open()
+        self._serve()
+        while self._session is None or self._session.is_over or self._receiver is None:
+            await self._until_registered()
+            self._require_open()
+        return self._receiver
+
+    async def _until_registered(self) -> None:
+        while self._session is None or self._session.is_over:
+            self._require_open()
+            await self._clock.sleep(0.01)
+        await self._session.registered()
+
+    @asynccontextmanager
+    async def _working(self) -> AsyncIterator[Session]:
+        """A session for work that is no handler's; one made for it alone ends with it."""
+        self._require_open()
+        alone = self._serving is None
+        await self._receiving()
+        assert self._session is not None
+        try:
+            yield self._session
+        finally:
+            if alone and not self._draining:
+                with anyio.CancelScope(shield=True):
+                    await self._stop(self.settings.drain_timeout)
+
+    def _serve(self) -> None:
+        """Have one session at a time from now on, until stopped."""
+        group = self._require_open()
+        if self._serving is None:
+            self._stop_serving = False
+            self._serving = anyio.Event()
+            group.start_soon(self._run_sessions, self._serving)
+        elif self._session is not None and self._worker is not None and self._processing:
+            self._session.start_worker(self._worker.concurrency, self._worker.start)
+
+    async def _run_sessions(self, over: anyio.Event) -> None:
+        tries = 0
+        try:
+            while not self._stop_serving:
+                session = Session(self._shared, self._new_worker_id(), capacity=0)
+                self._session = session
+                self._receiver = Receiver(session, self._decode)
+                if self._worker is not None and self._processing:
+                    session.start_worker(self._worker.concurrency, self._worker.start)
+                began = self._clock.monotonic()
+                try:
+                    await session.run()
+                except (StoreUnavailable, Throttled) as error:
+                    log.error("the worker cannot register, trying again", error=str(error))
+                    tries = 0 if self._clock.monotonic() - began > RESTART_PAUSE_MAX_S else tries + 1
+                    if not self._stop_serving:
+                        await self._clock.sleep(min(RESTART_PAUSE_MAX_S, 0.2 * 2.0 ** min(tries, 10)))
+        finally:
+            self._session = None
+            self._receiver = None
+            self._serving = None
+            over.set()
+
+    async def _stop(self, timeout_s: float) -> _Stopped:
+        """End the session for good; what runs may go on for so long."""
+        over = self._serving
+        session = self._session
+        self._stop_serving = True
+        self._processing = False
+        if over is None or session is None:
+            return _Stopped()
+        finished_before = session.feed.finished
+        cancelled = 0
+
+        def stop_running() -> int:
+            nonlocal cancelled
+            cancelled = self._cancel_running()
+            return cancelled
+
+        clean = await session.drain(stop_running=stop_running, timeout_s=timeout_s)
+        await over.wait()
+        finished = max(0, session.feed.finished - finished_before - cancelled)
+        return _Stopped(finished, session.handed_back, cancelled, clean)
+
+    def _cancel_running(self) -> int:
+        count = 0 if self._worker is None else self._worker.stop_running()
+        return count + (0 if self._receiver is None else self._receiver.stop())
+
+    def _new_worker_id(self) -> str:
+        host = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname())[:40] or "host"
+        return f"{host}-{os.getpid()}-{self._random.getrandbits(40):010x}"
+
+    # -- looking and operating -----------------------------------------------------------------------------------
+
+    async def stats(self, *, exact: bool = False) -> QueueStats:
+        """Count the queue's messages.
+
+        Args:
+            exact: List everything and read every claim; otherwise at most 10,000 segments of each kind are looked at.
+        """
+        self._require_stack()
+        return await self._inspector.stats(exact=exact)
+
+    async def status(self, message_id: str) -> MessageStatus:
+        """Where a message is; completed ones are known while ``retain_completed`` keeps them, and briefly without."""
+        self._require_stack()
+        return await self._inspector.status(message_id)
+
+    async def results(self, message_id: str) -> Any:
+        """What the handler returned for a completed message.
+
+        Raises:
+            MessageNotFound: It is not completed, not known, or not kept (see ``retain_completed``).
+        """
+        self._require_stack()
+        completed = await self._inspector.result(message_id)
+        if completed is None:
+            raise MessageNotFound(f"There is no result of {message_id!r}.")
+        return completed.result
+
+    async def history(self, *, limit: int = LIST_LIMIT_DEFAULT) -> list[CompletedMessage]:
+        """Up to ``limit`` completed messages, newest first; empty unless ``retain_completed`` is set."""
+        self._require_stack()
+        return await self._inspector.history(whole_number("limit", limit, 1, LIST_LIMIT_MAX))
+
+    async def purge(self) -> int:
+        """Delete every message that waits, delayed ones included; those that are being handled stay. Returns how many."""
+        self._require_stack()
+        return await self._inspector.purge(layout.READY, layout.DELAYED)
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Every registered worker of the queue."""
+        self._require_stack()
+        return await self._inspector.workers()
+
+    def on(self, name: str, callback: Callable[[Any], Any]) -> Callable[[], None]:
+        """Call ``callback`` with every event of that name ("*": all). It may be async; if it fails, that is logged.
+
+        Returns:
+            A function that ends it.
+        """
+        return self._bus.on(name, callback)
+
+    def events(self) -> AsyncIterator[Event]:
+        """Every event from now on; the oldest are dropped when the reader is more than 10,000 behind."""
+        return self._bus.subscribe()
+
+    def health(self) -> Health:
+        """Is this process well? Looks at nothing but this process; may be awaited or not."""
+        session = self._session
+        now = self._clock.monotonic()
+        last_beat = None if session is None else session.lease.last_beat
+        progress = None if session is None else now - session.claimer.last_progress
+        opened = self._stack is not None and not self._draining
+        wanted = self._serving is not None
+        return Health(
+            live=progress is None or progress < max(LIVE_WITHIN_S, 3 * self.settings.max_poll_interval),
+            ready=opened and (not wanted or (session is not None and session.lease.trusted)),
+            coordinator=self.is_coordinator,
+            worker_id=self.worker_id,
+            last_heartbeat=None if last_beat is None else now - last_beat,
+            last_progress=progress,
+        )
+
+    def requests(self) -> StorageMetrics:
+        """The requests that this process made of the store, by operation."""
+        return self._metered.snapshot()
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this process coordinates the queue's workers."""
+        return False
+
+    @property
+    def worker_id(self) -> str | None:
+        """The id of this process's worker; None while it has none."""
+        return None if self._session is None or self._session.is_over else self._session.worker_id
+
+    def _throttled(self, operation: str, wait_s: float) -> None:
+        self._bus.emit(StoreThrottled(operation=operation, wait=wait_s))
+
+
+class _Stopped(msgspec.Struct, frozen=True):
+    finished: int = 0
+    handed_back: int = 0
+    cancelled: int = 0
+    clean: bool = True
+
+
+async def _each(payloads: Iterable[PayloadT] | AsyncIterable[PayloadT]) -> AsyncIterator[PayloadT]:
+    if isinstance(payloads, AsyncIterable):
+        async for payload in payloads:
+            yield payload
+    else:
+        for payload in payloads:
+            yield payload

@@ -1,0 +1,146 @@
+"""Messages taken one by one and acknowledged explicitly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import msgspec
+
+from s3queue_async.engine.held import Held
+from s3queue_async.engine.session import Session
+from s3queue_async.errors import InvalidSettings, LeaseLost
+from s3queue_async.message import DeadLetter, Message, Outcome, Retry
+from s3queue_async.settings import seconds, whole_number
+from s3queue_async.worker import Decoder, make_context, refused, settle_error
+
+RECEIVE_MAX = 1000
+WAIT_MAX_S = 3600.0
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    held: Held
+    index: int
+    attempt: int
+    ends_at: float
+    over: bool = False
+
+
+class Receiver:
+    """Takes messages of a session and sees to it that each is acknowledged in time, or delivered again."""
+
+    def __init__(self, session: Session, decode: Decoder) -> None:
+        self._session = session
+        self._decode = decode
+        self._outstanding: list[_Outstanding] = []
+        session.on_tick.append(self._expire)
+
+    async def receive(self, max_messages: int, wait_s: float) -> list[Message[Any]]:
+        """Up to ``max_messages`` messages; an empty list when none came within ``wait_s``."""
+        session = self._session
+        clock = session.shared.clock
+        messages: list[Message[Any]] = []
+        session.wanted_by_receivers += max_messages
+        session.claimer.notice()
+        ends_at = clock.monotonic() + wait_s
+        looked = False
+        try:
+            while len(messages) < max_messages and not session.is_over:
+                taken = session.feed.take() if session.lease.trusted else None
+                if taken is not None:
+                    message = await self._message(*taken)
+                    if message is not None:
+                        messages.append(message)
+                        session.wanted_by_receivers -= 1
+                        max_messages -= 1
+                    continue
+                if messages:
+                    break
+                left_s = ends_at - clock.monotonic()
+                if left_s <= 0:
+                    if looked:
+                        break
+                    # Even without waiting, one look at the store belongs to it.
+                    await session.claimer.poll_once()
+                    looked = True
+                    continue
+                with anyio.move_on_after(left_s):
+                    await session.feed.wait()
+                looked = True
+        finally:
+            session.wanted_by_receivers -= max_messages
+        return messages
+
+    def stop(self) -> int:
+        """Hand back what is not acknowledged; a later acknowledgement raises LeaseLost."""
+        waiting = list(self._outstanding)
+        for item in waiting:
+            self._end(item)
+            self._session.released(item.held, item.index, attempts=item.attempt - 1)
+            self._session.slot_free()
+        return len(waiting)
+
+    async def _message(self, held: Held, index: int) -> Message[Any] | None:
+        session = self._session
+        record = held.index.records[index]
+        attempts = held.attempts(index)
+        failure = refused(session, held, index, attempts)
+        if failure is not None:
+            session.feed.done(held)
+            session.dead(held, index, attempts=attempts, failure=failure)
+            return None
+        if held.isolated:
+            await session.settler.record_start(held, index)
+        item = _Outstanding(
+            held, index, attempts + 1, session.shared.clock.monotonic() + session.shared.settings.visibility_timeout
+        )
+        self._outstanding.append(item)
+        try:
+            payload = self._decode(held.payloads[index], record.codec)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            self._end(item)
+            settle_error(session, held, index, item.attempt, DeadLetter(f"InvalidPayload: {error}"))
+            return None
+
+        async def settle(outcome: Outcome | None) -> None:
+            await self._settle(item, outcome)
+
+        return Message(payload, make_context(session, held, index, item.attempt), settle)
+
+    async def _settle(self, item: _Outstanding, outcome: Outcome | None) -> None:
+        session = self._session
+        if item.over or item.held.lost is not None or session.is_over:
+            raise LeaseLost(f"Message {item.held.index.records[item.index].id} is not this receiver's any more.")
+        took_s = session.shared.clock.monotonic() - (item.ends_at - session.shared.settings.visibility_timeout)
+        self._end(item)
+        if outcome is None:
+            session.finished(item.held, item.index, attempt=item.attempt, duration_s=took_s, result=None)
+        else:
+            settle_error(session, item.held, item.index, item.attempt, outcome)
+        session.slot_free()
+        await session.settler.flush(item.held)
+
+    def _end(self, item: _Outstanding) -> None:
+        item.over = True
+        self._outstanding.remove(item)
+        self._session.feed.done(item.held)
+
+    def _expire(self, now: float) -> None:
+        for item in list(self._outstanding):
+            if item.held.lost is not None:
+                self._end(item)
+            elif now >= item.ends_at:
+                self._end(item)
+                reason = "not acknowledged within visibility_timeout"
+                settle_error(self._session, item.held, item.index, item.attempt, Retry(delay=0, reason=reason))
+
+
+def checked_receive(max_messages: int, wait: Any) -> float:
+    """The wait in seconds. Raises InvalidSettings for arguments out of range."""
+    whole_number("max_messages", max_messages, 1, RECEIVE_MAX)
+    wait_s = seconds("wait", wait)
+    if not 0 <= wait_s <= WAIT_MAX_S:
+        raise InvalidSettings(f"wait={wait!r} is out of range: 0 to {WAIT_MAX_S:g} seconds.")
+    return wait_s

@@ -1,0 +1,196 @@
+"""Does this store keep its conditions? A queue on one that does not would lose and repeat messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random  # noqa: TID251 - only the type: the instance is passed in
+
+import anyio
+
+from s3queue_async.clock import Clock, SystemClock
+from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
+from s3queue_async.storage.base import (
+    Conflict,
+    IfAbsent,
+    IfVersion,
+    NotFound,
+    PreconditionFailed,
+    Storage,
+    Stored,
+    Written,
+)
+from s3queue_async.storage.plugin import PluginStorage
+
+_RACERS = 8
+_RACES = 2
+_CLEANUP_ROUNDS_MAX = 6
+_CLEANUP_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a store can do beyond what every queue needs.
+
+    Attributes:
+        conditional_delete: Whether a DELETE with a stale If-Match is refused.
+    """
+
+    conditional_delete: bool
+
+
+async def probe(storage: Storage, *, random: Random, clock: Clock | None = None) -> Capabilities:
+    """Try on a few small objects whether the store keeps conditional writes, and take them away again.
+
+    Args:
+        storage: An open storage.
+        random: Names the objects, so that two probes do not meet.
+        clock: What the cleaning up waits with between two tries.
+
+    Raises:
+        StoreUnsupported: The store ignores a condition; names what it answered.
+        StoreUnavailable: The store failed meanwhile.
+    """
+    view = PluginStorage(storage, "probe")
+    run = _Probe(view, f"{random.randbytes(8).hex()}/", random)
+    try:
+        capabilities = await run.check()
+    except BaseException as error:
+        problem = await _clean_up(view, run.prefix, clock or SystemClock())
+        if problem is not None:
+            error.add_note(f"Objects of the probe may be left under plugin/probe/{run.prefix}: {problem}")
+        raise
+    problem = await _clean_up(view, run.prefix, clock or SystemClock())
+    if problem is not None:
+        raise problem
+    return capabilities
+
+
+class _Probe:
+    def __init__(self, view: PluginStorage, prefix: str, random: Random) -> None:
+        self.prefix = prefix
+        self._view = view
+        self._random = random
+
+    async def check(self) -> Capabilities:
+        stale, current = await self._check_sequence()
+        await self._check_missing(stale)
+        conditional_delete = await self._check_delete(stale, current)
+        for race in range(_RACES):
+            await self._check_race(f"{self.prefix}race-{race}")
+        return Capabilities(conditional_delete)
+
+    def _body(self) -> bytes:
+        return self._random.randbytes(16)
+
+    async def _check_sequence(self) -> tuple[str, str]:
+        key = f"{self.prefix}sequence"
+        first = await self._view.put(key, self._body(), when=IfAbsent())
+        if await self._accepts(key, IfAbsent()):
+            raise _unsupported("a PUT with If-None-Match: * on a key that exists", "success", "412 Precondition Failed")
+        try:
+            second = await self._view.put(key, self._body(), when=IfVersion(first.version))
+        except PreconditionFailed as error:
+            raise _unsupported(
+                "a PUT with the current ETag in If-Match", "412 Precondition Failed", "success"
+            ) from error
+        if first.version == second.version:
+            raise _unsupported("two PUTs with different bodies", f"the same ETag {first.version}", "another ETag")
+        if await self._accepts(key, IfVersion(first.version)):
+            raise _unsupported("a PUT with a stale ETag in If-Match", "success", "412 Precondition Failed")
+        return first.version, second.version
+
+    async def _check_missing(self, version: str) -> None:
+        if await self._accepts(f"{self.prefix}missing", IfVersion(version)):
+            raise _unsupported("a PUT with If-Match on a key that does not exist", "success", "404 or 412")
+
+    async def _check_delete(self, stale: str, current: str) -> bool:
+        key = f"{self.prefix}sequence"
+        try:
+            await self._view.delete(key, when=IfVersion(stale))
+        except PreconditionFailed:
+            pass
+        except StoreUnsupported:
+            return False
+        else:
+            return False
+        try:
+            await self._view.delete(key, when=IfVersion(current))
+        except PreconditionFailed:
+            # It refuses both: as good as no conditional DELETE at all.
+            return False
+        return True
+
+    async def _check_race(self, key: str) -> None:
+        winners: list[bytes] = []
+        unknown: dict[bytes, QueueError] = {}
+
+        async def create() -> None:
+            body = self._body()
+            try:
+                await self._view.put(key, body, when=IfAbsent())
+            except (PreconditionFailed, Conflict):
+                return
+            except QueueError as error:
+                unknown[body] = error
+            else:
+                winners.append(body)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(_RACERS):
+                group.start_soon(create)
+        if len(winners) > 1:
+            raise _unsupported(
+                f"{_RACERS} concurrent PUTs of one key with If-None-Match: *",
+                f"success to {len(winners)}",
+                "success to one",
+            )
+        try:
+            found = await self._view.get(key)
+        except NotFound:
+            stored = b""
+        else:
+            assert isinstance(found, Stored)  # only a read that names a version is answered otherwise
+            stored = found.body
+        if winners and stored != winners[0]:
+            raise _unsupported("a read of what the winner of a race wrote", "something else", "the winner's body")
+        if not winners and stored not in unknown:
+            for error in unknown.values():
+                raise error
+            raise _unsupported(f"{_RACERS} concurrent PUTs with If-None-Match: *", "412 to all", "success to one")
+
+    async def _accepts(self, key: str, when: IfAbsent | IfVersion) -> bool:
+        try:
+            written = await self._view.put(key, self._body(), when=when)
+        except (PreconditionFailed, Conflict):
+            return False
+        return isinstance(written, Written)
+
+
+def _unsupported(request: str, answer: str, right: str) -> StoreUnsupported:
+    return StoreUnsupported(
+        f"The store does not keep conditional writes: it answered {request} with {answer}, not {right}."
+    )
+
+
+async def _clean_up(view: PluginStorage, prefix: str, clock: Clock) -> QueueError | None:
+    """Delete whatever is under the prefix; returns what is in the way when it cannot be done."""
+    problem: QueueError = StoreUnavailable("The probe's objects keep coming back.")
+    # Shielded: a probe that is cancelled still takes its objects away. Bounded by the rounds.
+    with anyio.CancelScope(shield=True):
+        for round_number in range(_CLEANUP_ROUNDS_MAX):
+            try:
+                page = await view.list(prefix)
+                if not page.entries:
+                    return None
+                await _delete_each(view, [entry.key for entry in page.entries])
+            except QueueError as error:
+                problem = error
+                await clock.sleep(_CLEANUP_PAUSE_S * 2 ** min(round_number, 5))
+    return problem
+
+
+async def _delete_each(view: PluginStorage, keys: Sequence[str]) -> None:
+    # One by one: a store that fails in one thing may well fail in DeleteObjects, too.
+    for key in keys:
+        await view.delete(key)

@@ -1,0 +1,59 @@
+"""Servers for the tests: each is started once, when the first test asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+
+from s3queue_async.storage.s3 import S3Storage
+from s3queue_async.testing import servers
+
+BUCKET = "s3queue-tests"
+READER = "reader-key"
+"""An access key of the SeaweedFS server that may read and write, but not list."""
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[servers.Server]:
+    no_list = {
+        "name": "no-list",
+        "credentials": [{"accessKey": READER, "secretKey": servers.SECRET_KEY}],
+        "actions": [f"Read:{BUCKET}", f"Write:{BUCKET}"],
+    }
+    with servers.seaweedfs([BUCKET], identities=[no_list]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[servers.Server]:
+    with servers.moto([BUCKET]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone_server() -> Iterator[servers.Server]:
+    with servers.rclone([BUCKET]) as server:
+        yield server
+
+
+_prefixes = count()
+
+
+@pytest.fixture
+def s3_storage() -> Callable[[servers.Server], S3Storage]:
+    """Makes a storage on a server, under a prefix that no other test uses."""
+
+    def make(server: servers.Server) -> S3Storage:
+        return S3Storage(
+            BUCKET,
+            f"test-{next(_prefixes)}/a b",
+            endpoint_url=server.endpoint_url,
+            region=server.region,
+            addressing="path",
+            access_key_id=server.access_key_id,
+            secret_access_key=server.secret_access_key,
+        )
+
+    return make
