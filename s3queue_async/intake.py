@@ -12,7 +12,7 @@ from s3queue_async.engine.producer import Entry
 from s3queue_async.engine.shared import StoreTime
 from s3queue_async.errors import InvalidPayload, InvalidPriority, InvalidSettings, MessageTooLarge
 from s3queue_async.protocol import layout
-from s3queue_async.protocol.segment import encode_payload
+from s3queue_async.protocol.segment import Codec, encode_payload
 from s3queue_async.settings import SEGMENT_MESSAGES_LIMIT, seconds, whole_number
 from s3queue_async.worker import Decoder
 
@@ -39,6 +39,10 @@ class Intake:
         self._time = time
         self._message_bytes_max = message_bytes_max
         self._encoder = msgspec.msgpack.Encoder()
+        # A mapping decodes to a Struct just as well; passing one is a mistake all the same. Built-in types are left
+        # to the decoder, which knows that an int is a fine float.
+        is_class = isinstance(payload_type, type) and payload_type is not Any
+        self._instances_only = is_class and payload_type.__module__ != "builtins"
 
     def options(
         self,
@@ -66,13 +70,16 @@ class Intake:
 
     def entry(self, payload: Any, options: dict[str, Any]) -> Entry:
         kind = self._payload_type
-        if isinstance(kind, type) and not isinstance(payload, kind):
+        if self._instances_only and not isinstance(payload, kind):
             raise InvalidPayload(
                 f"The payload is a {type(payload).__name__}, not a {kind.__name__}: {_shown(payload)}."
             )
         try:
             body, codec = encode_payload(payload, self._encoder)
-            if kind is not Any:
+            if codec == Codec.RAW:
+                if kind is not Any:
+                    msgspec.convert(body, kind)
+            elif kind is not Any:
                 self._decode(body, codec)
         except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise InvalidPayload(

@@ -19,9 +19,9 @@ from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import Place, SegmentKey
 
-LANE_WRITES_MAX = 4
+LANE_WRITES_MAX = 16
 """Segments of one lane that are written at a time."""
-WRITES_MAX = 16
+WRITES_MAX = 32
 """Segments of all lanes that are written at a time."""
 LANE_BACKLOG_MAX = 4
 """Full batches that wait for a write before ``enqueue`` waits for room."""
