@@ -167,7 +167,7 @@ async def queue_round(
                 done.set()
 
         async def process() -> None:
-            queue.start_processing(nothing, concurrency=CONCURRENCY)
+            await queue.start_processing(nothing, concurrency=CONCURRENCY)
             await done.wait()
             await queue.drain()
 

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
 
-import anyio
 import msgspec
 
 from s3queue_async.errors import InvalidSettings
 from s3queue_async.log import log
+from s3queue_async.wakeup import Wakeup
 
 EVENT_BUFFER = 10_000
 """Events kept for a slow reader of ``queue.events()`` or a slow async callback; the oldest are dropped beyond."""
@@ -205,7 +205,7 @@ class Subscription:
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
         self._events: deque[Event] = deque(maxlen=EVENT_BUFFER)
-        self._arrived = anyio.Event()
+        self._arrived = Wakeup()
         self._closed = False
         self.dropped = 0
 
@@ -224,7 +224,6 @@ class Subscription:
         while not self._events:
             if self._closed:
                 return None
-            self._arrived = anyio.Event()
             await self._arrived.wait()
         return self._events.popleft()
 
@@ -237,7 +236,7 @@ class EventBus:
         self._subscriptions: list[Subscription] = []
         self._wanted: frozenset[str] = frozenset()
         self._later: deque[tuple[Callback, Awaitable[None], Event]] = deque()
-        self._more = anyio.Event()
+        self._more = Wakeup()
         self._closed = False
         self.dropped = 0
 
@@ -297,7 +296,6 @@ class EventBus:
                     log.exception("event callback failed", callback=_name(callback), event_name=event.name)
             if self._closed:
                 return
-            self._more = anyio.Event()
             await self._more.wait()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from random import Random, SystemRandom  # noqa: TID251 - the one place where chance comes from
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import anyio
 import msgspec
@@ -59,7 +59,12 @@ ENQUEUE_MANY_BATCHES = 8
 RESTART_PAUSE_MAX_S = 30.0
 LIVE_WITHIN_S = 30.0
 
-PayloadT = TypeVar("PayloadT")
+if TYPE_CHECKING:
+    import typing_extensions
+
+    PayloadT = typing_extensions.TypeVar("PayloadT", default=Any)
+else:
+    PayloadT = TypeVar("PayloadT")
 HandlerT = TypeVar("HandlerT", bound=HandlerFunction)
 
 
@@ -101,7 +106,7 @@ class S3Queue(Generic[PayloadT]):
         self,
         url: str | None = None,
         *,
-        payload_type: Any = Any,
+        payload_type: type[PayloadT] | Any = Any,
         settings: Settings | None = None,
         storage: Storage | None = None,
         on_message: HandlerFunction | None = None,
@@ -166,8 +171,7 @@ class S3Queue(Generic[PayloadT]):
             self._group.start_soon(self._bus.run)
             self._stack = stack.pop_all()
         if self._auto_start and self._worker is not None:
-            self._processing = True
-            self._serve()
+            self._process()
         return self
 
     async def __aexit__(
@@ -258,9 +262,8 @@ class S3Queue(Generic[PayloadT]):
             async with self:
                 return await self.run()
         self._require_open()
-        if self._worker is not None and not self._processing:
-            self._processing = True
-            self._serve()
+        if self._worker is not None:
+            self._process()
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with anyio.create_task_group() as group:
 
@@ -353,14 +356,24 @@ class S3Queue(Generic[PayloadT]):
         due_ms = self._intake.due_ms(delay, deliver_at)
         options = self._intake.options(priority, None, headers, max_attempts, expires_in)
         writes = OrderedWrites(ENQUEUE_MANY_BATCHES * self.settings.segment_messages_max)
+        limited = self.settings.max_pending is not None
+
+        async def add(payload: PayloadT) -> None:
+            entry = self._intake.entry(payload, options)
+            if dedup_id is not None:
+                entry.dedup_id = checked_dedup_id(dedup_id(payload))
+            if limited:
+                await self._check_room(1)
+            if writes.follow(*await self._producer.add(entry, priority, due_ms)):
+                await writes.settle()
+
         try:
-            async for payload in _each(payloads):
-                entry = self._intake.entry(payload, options)
-                if dedup_id is not None:
-                    entry.dedup_id = checked_dedup_id(dedup_id(payload))
-                if self.settings.max_pending is not None:
-                    await self._check_room(1)
-                await writes.add(*await self._producer.add_once(entry, priority, due_ms))
+            if isinstance(payloads, AsyncIterable):
+                async for payload in payloads:
+                    await add(payload)
+            else:
+                for payload in payloads:
+                    await add(payload)
             return await writes.finish()
         except Exception as error:
             with anyio.CancelScope(shield=True):
@@ -415,8 +428,7 @@ class S3Queue(Generic[PayloadT]):
         def register(function: HandlerT) -> HandlerT:
             self._set_worker(function, concurrency)
             if self._auto_start and self._stack is not None:
-                self._processing = True
-                self._serve()
+                self._process()
             return function
 
         return register if function is None else register(function)
@@ -432,8 +444,7 @@ class S3Queue(Generic[PayloadT]):
             self._set_worker(handler, concurrency)
         if self._worker is None:
             raise InvalidSettings("There is no handler.", suggestion="Pass one, or register it with @queue.handler().")
-        self._processing = True
-        self._serve()
+        self._process()
         return _Begun(self._until_registered)
 
     def stop_processing(self) -> Awaitable[None]:
@@ -531,7 +542,15 @@ class S3Queue(Generic[PayloadT]):
             self._stop_serving = False
             self._serving = anyio.Event()
             group.start_soon(self._run_sessions, self._serving)
-        elif self._session is not None and self._worker is not None and self._processing:
+
+    def _process(self) -> None:
+        """Have the registered handler run, in the session that is there or the one that is begun for it."""
+        assert self._worker is not None
+        if self._processing:
+            return
+        self._processing = True
+        self._serve()
+        if self._session is not None:
             self._session.start_worker(self._worker.concurrency, self._worker.start)
 
     async def _run_sessions(self, over: anyio.Event) -> None:
@@ -681,12 +700,3 @@ class _Stopped(msgspec.Struct, frozen=True):
     handed_back: int = 0
     cancelled: int = 0
     clean: bool = True
-
-
-async def _each(payloads: Iterable[PayloadT] | AsyncIterable[PayloadT]) -> AsyncIterator[PayloadT]:
-    if isinstance(payloads, AsyncIterable):
-        async for payload in payloads:
-            yield payload
-    else:
-        for payload in payloads:
-            yield payload

@@ -17,6 +17,7 @@ from s3queue_async.worker import Decoder, make_context, refused, settle_error
 
 RECEIVE_MAX = 1000
 WAIT_MAX_S = 3600.0
+WAIT_AT_ONCE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class Receiver:
         looked = False
         try:
             while len(messages) < max_messages and not session.is_over:
-                taken = session.feed.take() if session.lease.trusted else None
+                taken = session.take()
                 if taken is not None:
                     message = await self._message(*taken)
                     if message is not None:
@@ -66,7 +67,8 @@ class Receiver:
                     await session.claimer.poll_once()
                     looked = True
                     continue
-                with anyio.move_on_after(left_s):
+                # A session that ends meanwhile wakes nobody.
+                with anyio.move_on_after(min(left_s, WAIT_AT_ONCE_S)):
                     await session.feed.wait()
                 looked = True
         finally:
@@ -91,8 +93,8 @@ class Receiver:
             session.feed.done(held)
             session.dead(held, index, attempts=attempts, failure=failure)
             return None
-        if held.isolated:
-            await session.settler.record_start(held, index)
+        if held.isolated and not await session.started_alone(held, index):
+            return None
         item = _Outstanding(
             held, index, attempts + 1, session.shared.clock.monotonic() + session.shared.settings.visibility_timeout
         )

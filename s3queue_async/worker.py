@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from s3queue_async.engine.held import Held
 from s3queue_async.engine.session import Session
-from s3queue_async.errors import InvalidSettings, QueueError
+from s3queue_async.errors import InvalidSettings
 from s3queue_async.events import LoopBlocked, MessageCompleted, MessageProcessing
 from s3queue_async.log import log
 from s3queue_async.message import Context, DeadLetter, Outcome, Release, Retry
@@ -214,7 +214,7 @@ class Worker:
         monotonic = session.shared.clock.monotonic
         ran_since = monotonic()
         while True:
-            taken = feed.take() if session.lease.trusted else None
+            taken = session.take()
             if taken is None:
                 await feed.wait()
                 ran_since = monotonic()
@@ -234,13 +234,13 @@ class Worker:
         assert task is not None
         session.wanted_by_receivers += 1
         try:
-            taken = session.feed.take()
+            taken = session.take()
             if taken is None:
                 await session.claimer.poll_once()
-                taken = session.feed.take()
+                taken = session.take()
         finally:
             session.wanted_by_receivers -= 1
-        if taken is None or not session.lease.trusted:
+        if taken is None:
             return False
         held, index = taken
         await self.run_one(session, Slot(task), held, index)
@@ -256,17 +256,8 @@ class Worker:
             session.dead(held, index, attempts=attempts, failure=failure)
             session.slot_free()
             return False
-        if held.isolated:
-            try:
-                await session.settler.record_start(held, index)
-            except QueueError as error:
-                session.feed.done(held)
-                held.lose(str(error))
-                session.slot_free()
-                return True
-            except BaseException:
-                session.feed.done(held)
-                raise
+        if held.isolated and not await session.started_alone(held, index):
+            return True
         return await self._run(session, slot, held, index, attempts + 1)
 
     async def _run(self, session: Session, slot: Slot, held: Held, index: int, attempt: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from s3queue_async.engine.dedup import Deduplicator
 from s3queue_async.engine.held import Held
 from s3queue_async.engine.registry import Lease, Registry
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.errors import CorruptObject, NewerFormat, QueueError, StoreUnavailable, Throttled
 from s3queue_async.events import ObjectSetAside, SegmentVoided
 from s3queue_async.log import log
@@ -22,6 +22,7 @@ from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.claim import Claim
 from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.protocol.ranking import falls_to
 from s3queue_async.storage.base import (
     Entry,
     IfAbsent,
@@ -31,6 +32,7 @@ from s3queue_async.storage.base import (
     Stored,
     Superseded,
 )
+from s3queue_async.wakeup import Wakeup
 
 CLAIMS_AT_ONCE = 32
 LIST_LIMIT_MIN = 32
@@ -113,9 +115,9 @@ class Claimer:
         self._blocked: dict[str, Blocked] = {}
         self._limit = LIST_LIMIT_MIN
         self._more = False
-        self._poked = anyio.Event()
+        self._poked = Wakeup()
         self._group: TaskGroup | None = None
-        self._quiet = anyio.Event()
+        self._quiet = Wakeup()
         self._stopped = False
         self._reported: set[str] = set()
         self.claiming: dict[str, int] = {}
@@ -155,7 +157,6 @@ class Claimer:
         self._stopped = True
         self.poke()
         while self.claiming:
-            self._quiet = anyio.Event()
             await self._quiet.wait()
 
     async def poll_once(self) -> None:
@@ -163,10 +164,8 @@ class Claimer:
         before = self.polled
         while self.polled == before and not self._stopped and self._demand() > 0:
             self.notice()
-            self._quiet = anyio.Event()
             await self._quiet.wait()
         while self.claiming:
-            self._quiet = anyio.Event()
             await self._quiet.wait()
 
     @property
@@ -217,7 +216,6 @@ class Claimer:
         )
 
     async def _wait(self, most_s: float) -> None:
-        self._poked = anyio.Event()
         with anyio.move_on_after(max(0.0, most_s)):
             await self._poked.wait()
 
@@ -349,15 +347,11 @@ class Claimer:
         ranked: list[tuple[int, bool, str, Candidate]] = []
         for candidate in found:
             key = candidate.key
-            mine = self._falls_to_me(key.name)
+            mine = falls_to(self._lease.worker_id, key.name, self._peers)
             if mine or key.place is Place.DELAYED or now_s - key.created_ms / 1000 > OTHERS_AFTER_S:
                 ranked.append((-key.priority, not mine, key.ulid, candidate))
         ranked.sort(key=lambda item: item[:3])
         return [item[3] for item in ranked]
-
-    def _falls_to_me(self, name: str) -> bool:
-        own = _weight(self._lease.worker_id, name)
-        return all(_weight(peer, name) < own for peer in self._peers)
 
     def _prune(self, now: float) -> None:
         if len(self._blocked) > BLOCKED_MAX:
@@ -438,11 +432,12 @@ class Claimer:
             # A lease that ran out meanwhile makes it nobody's; its next holder finds it.
             if held is not None and self._lease.trusted:
                 self._deliver(held)
-        except (StoreUnavailable, Throttled) as error:
-            log.warning("claiming failed", segment=key.name, error=str(error))
-            self._block(key.name, LOOK_AGAIN_S)
         except CorruptObject as error:
             await self._set_aside(key, error)
+        except QueueError as error:
+            # Among them a claim that another worker took while it was being given back.
+            log.warning("claiming failed", segment=key.name, error=str(error))
+            self._block(key.name, LOOK_AGAIN_S)
         finally:
             del self.claiming[key.name]
             self._quiet.set()
@@ -479,7 +474,9 @@ class Claimer:
         if reading.error is not None:
             raise reading.error
         if offered is not None and shared.clock.monotonic() - shown_at < shared.settings.claim_trust:
-            return self._held(key, claim, version, segments.Segment(*offered))
+            held = self._held(key, claim, version, segments.Segment(*offered))
+            await self._drop_duplicates(held)
+            return held
         if reading.stored is None or shared.clock.monotonic() - shown_at >= shared.settings.claim_trust:
             # Too long since the segment was seen: it may have been run meanwhile, and its claim be gone again.
             await self._read_into(key.text, reading)
@@ -552,7 +549,8 @@ class Claimer:
             return
         moved = held.index.parent is not None
 
-        async def look(index: int, record: segments.Record) -> None:
+        async def look(item: tuple[int, segments.Record]) -> None:
+            index, record = item
             assert record.dedup_id is not None
             reservation = await self._dedup.look(record.dedup_id)
             if self._dedup.is_duplicate(reservation, message_id=record.id, key=held.key.text, moved=moved):
@@ -561,10 +559,7 @@ class Claimer:
             elif reservation is not None:
                 held.markers[index] = reservation
 
-        for start in range(0, len(wanted), CLAIMS_AT_ONCE):
-            async with anyio.create_task_group() as group:
-                for index, record in wanted[start : start + CLAIMS_AT_ONCE]:
-                    group.start_soon(look, index, record)
+        await together(wanted, look, at_once=CLAIMS_AT_ONCE)
 
     # -- taking over ---------------------------------------------------------------------------------------------
 
@@ -679,8 +674,3 @@ class Claimer:
 class _Reading:
     stored: Stored | None = None
     error: QueueError | None = None
-
-
-def _weight(worker_id: str, name: str) -> int:
-    """Rendezvous hashing: the worker with the highest weight gets the segment."""
-    return zlib.crc32(f"{worker_id}/{name}".encode())

@@ -80,28 +80,21 @@ class Deduplicator:
         marker = Marker(shared.nonce(), "intent", message_id, segment.text, segment.created_ms)
         stored: Stored | None = None
         for _ in range(RESERVE_TRIES_MAX):
-            when = IfAbsent() if stored is None else IfVersion(stored.version)
+            found = None if stored is None else self._decode(stored.body)
+            if found is not None and not self._is_expired(found):
+                written = found.state != "intent" or await self._was_written(found)
+                if written:
+                    return found.message_id
+                if written is None:
+                    await shared.clock.sleep(LOOK_AGAIN_S * (0.5 + shared.random.random()))
+                    stored = await self._read(name)
+                    continue
             try:
-                version = await self._write(name, marker, when)
+                version = await self._write(name, marker, IfAbsent() if stored is None else IfVersion(stored.version))
             except Superseded as lost:
                 stored = lost.stored
             else:
                 return Reservation(name, marker, version)
-            if stored is None:
-                continue
-            found = self._decode(stored.body)
-            if found is None or self._is_expired(found):
-                continue
-            if found.state != "intent":
-                return found.message_id
-            match await self._was_written(found):
-                case True:
-                    return found.message_id
-                case None:
-                    await shared.clock.sleep(LOOK_AGAIN_S * (0.5 + shared.random.random()))
-                    stored = await self._read(name)
-                case False:
-                    continue
         raise StoreUnavailable(f"The deduplication id {dedup_id!r} stayed contended.", suggestion="Enqueue it again.")
 
     async def rename(self, reservation: Reservation, segment: SegmentKey) -> Reservation | str:
@@ -166,7 +159,8 @@ class Deduplicator:
             pass
         else:
             assert isinstance(stored, Stored)
-            if not segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age):
+            # An empty object is what some stores keep of a write that was cut off.
+            if stored.body and not segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age):
                 return True
         try:
             await shared.storage.get(key.claim, span=(0, 1))

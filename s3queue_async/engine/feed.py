@@ -41,7 +41,8 @@ class Feed:
 
     @property
     def queued_bytes(self) -> int:
-        return sum(len(payload) for held in self._held for payload in held.payloads)
+        """Payload bytes of the segments of which messages wait here."""
+        return sum(held.size for held in self._held)
 
     @property
     def idle(self) -> int:

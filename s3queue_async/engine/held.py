@@ -67,6 +67,7 @@ class Held:
         "queued",
         "recorded",
         "running",
+        "size",
         "version",
         "waiters",
         "waiting",
@@ -81,6 +82,7 @@ class Held:
         self.version = version
         self.index = index
         self.payloads = payloads
+        self.size = sum(record.length for record in index.records)
         self.claimed_at = claimed_at
         self.flushed_at = claimed_at
         self.isolated = claim.isolated(index)

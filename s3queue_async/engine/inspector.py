@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
 
-import anyio
 import msgspec
 
 from s3queue_async.engine.held import Departing, Held
@@ -13,6 +12,7 @@ from s3queue_async.engine.registry import Counters, Registry
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.errors import CorruptObject
 from s3queue_async.message import (
     CompletedMessage,
@@ -29,8 +29,6 @@ from s3queue_async.protocol.claim import Claim
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.segment import Record, Segment
 from s3queue_async.storage.base import Entry, NotFound, Stored
-
-T = TypeVar("T")
 
 QUICK_PAGES = 10
 QUICK_WORKERS = 100
@@ -71,15 +69,9 @@ class Inspector:
             listed[prefix], whole = await self._entries(prefix, pages)
             complete = complete and whole
 
-        workers: dict[str, float] = {}
-
-        async def list_workers() -> None:
-            workers.update(await self._registry.list())
-
-        async with anyio.create_task_group() as group:
-            for prefix in (layout.READY, layout.DELAYED, layout.DEAD, layout.CLAIMS):
-                group.start_soon(list_into, prefix)
-            group.start_soon(list_workers)
+        prefixes = (layout.READY, layout.DELAYED, layout.DEAD, layout.CLAIMS)
+        await together(prefixes, list_into, at_once=len(prefixes))
+        workers = await self._registry.list()
         held = {layout.claim_name(entry.key) for entry in listed[layout.CLAIMS]}
         if exact:
             held -= await self._free(held)
@@ -146,7 +138,7 @@ class Inspector:
                 )
             )
 
-        await _each_at_once(list(await self._registry.list()), look)
+        await together(list(await self._registry.list()), look, at_once=AT_ONCE)
         return sorted(infos, key=lambda info: info.id)
 
     async def _free(self, names: Iterable[str]) -> set[str]:
@@ -157,7 +149,7 @@ class Inspector:
             if claim is None or claim.free:
                 free.add(name)
 
-        await _each_at_once(list(names), look)
+        await together(list(names), look, at_once=AT_ONCE)
         return free
 
     async def _counters(self, workers: Sequence[str], most: int | None) -> Counters:
@@ -173,7 +165,7 @@ class Inspector:
                 found.append(peer.heartbeat.counters)
 
         others = [worker for worker in workers if session is None or worker != session.worker_id]
-        await _each_at_once(others[:most], look)
+        await together(others[:most], look, at_once=AT_ONCE)
         for counters in found:
             total = total.plus(counters)
         return total
@@ -237,12 +229,14 @@ class Inspector:
     async def _find(self, message_id: str, ulid: str) -> tuple[SegmentKey, int] | None:
         """Search every segment that the message may have moved to."""
         found: list[tuple[SegmentKey, int]] = []
+        # Whoever moved it may have seen an earlier time than its producer did.
+        earliest_ms = layout.ulid_time_ms(ulid) - self._shared.settings.lease_margin * 1000
         for prefix in (layout.DELAYED, layout.DEAD, layout.READY):
             candidates: list[SegmentKey] = []
             async for key in self._each_key(prefix):
                 if key.ulid == ulid:
                     return key, layout.parse_message_id(message_id)[2]
-                if key.ulid > ulid and len(candidates) < SCANNED_SEGMENTS_MAX:
+                if key.created_ms >= earliest_ms and len(candidates) < SCANNED_SEGMENTS_MAX:
                     candidates.append(key)
 
             async def look(key: SegmentKey) -> None:
@@ -252,7 +246,7 @@ class Inspector:
                         if record.id == message_id:
                             found.append((key, index))
 
-            await _each_at_once(candidates, look)
+            await together(candidates, look, at_once=AT_ONCE)
             if found:
                 return found[0]
         return None
@@ -477,15 +471,3 @@ def _completed(record: HistoryRecord) -> CompletedMessage:
         completed_at=moment(record.completed_ms),
         duration=record.duration_s,
     )
-
-
-async def _each_at_once(items: Sequence[T], look: Callable[[T], Awaitable[None]]) -> None:
-    limiter = anyio.CapacityLimiter(AT_ONCE)
-
-    async def limited(item: T) -> None:
-        async with limiter:
-            await look(item)
-
-    async with anyio.create_task_group() as group:
-        for item in items:
-            group.start_soon(limited, item)

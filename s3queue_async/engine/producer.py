@@ -11,6 +11,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from s3queue_async.engine.dedup import Deduplicator, Reservation
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.engine.writing import Fate, put_segment
 from s3queue_async.errors import QueueClosed, QueueError, StoreUnavailable
 from s3queue_async.events import EnqueueAmbiguous, MessageEnqueued
@@ -18,6 +19,7 @@ from s3queue_async.log import log
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.wakeup import Wakeup
 
 LANE_WRITES_MAX = 16
 """Segments of one lane that are written at a time."""
@@ -77,7 +79,7 @@ class _Lane:
         self.open = Batch(priority, due_ms)
         self.full: deque[Batch] = deque()
         self.pumps = 0
-        self.room = anyio.Event()
+        self.room = Wakeup()
 
     def take(self) -> Batch | None:
         if self.full:
@@ -103,11 +105,14 @@ class OrderedWrites:
         self._open: deque[tuple[Entry, Batch]] = deque()
         self._ids: list[str] = []
 
-    async def add(self, entry: Entry, batch: Batch) -> None:
-        """Follow one more message; waits while too many are undecided. Raises what a batch failed with."""
+    def follow(self, entry: Entry, batch: Batch) -> bool:
+        """Follow one more message; True when it is time to ``settle`` before more are taken."""
         self._open.append((entry, batch))
-        if len(self._open) >= 2 * self._window:
-            await self._settle(self._window)
+        return len(self._open) >= 2 * self._window
+
+    async def settle(self) -> None:
+        """Wait until no more than the window is undecided. Raises what a batch failed with."""
+        await self._settle(self._window)
 
     async def finish(self) -> list[str]:
         """All ids, once everything is durable."""
@@ -126,7 +131,8 @@ class OrderedWrites:
     async def _settle(self, keep: int) -> None:
         while len(self._open) > keep:
             entry, batch = self._open[0]
-            await batch.done.wait()
+            if not batch.done.is_set():
+                await batch.done.wait()
             if batch.error is not None:
                 raise batch.error
             self._ids.append(entry.id)
@@ -155,33 +161,40 @@ class Producer:
         self._group: TaskGroup | None = None
         self._closed = False
         self._unwritten = 0
-        self._idle = anyio.Event()
+        self._idle = Wakeup()
         self._by_dedup_id: dict[str, tuple[Entry, Batch]] = {}
         self.enqueued = 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled; batches under way are written within."""
-        async with anyio.create_task_group() as self._group:
-            task_status.started()
-            await anyio.sleep_forever()
+        try:
+            async with anyio.create_task_group() as self._group:
+                task_status.started()
+                await anyio.sleep_forever()
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Nothing is written any more: tell those who wait."""
+        self._closed = True
+        for lane in self._lanes.values():
+            for batch in (*lane.full, lane.open):
+                if batch.entries and not batch.sent:
+                    batch.error = QueueClosed("The queue was closed before the message was written.")
+                    self._forget(batch.entries, len(batch.entries))
+                    batch.done.set()
+        self._lanes.clear()
 
     @property
     def unwritten(self) -> int:
         """Messages that wait for their segment to be durable."""
         return self._unwritten
 
-    async def add_once(self, entry: Entry, priority: int, due_ms: int) -> tuple[Entry, Batch]:
-        """As ``add``; a message with the same deduplication id that is on its way is returned instead."""
-        if entry.dedup_id is not None and entry.dedup_id in self._by_dedup_id:
-            return self._by_dedup_id[entry.dedup_id]
-        return entry, await self.add(entry, priority, due_ms)
-
     async def close(self) -> int:
         """Take no more messages; return how many were flushed once all are decided."""
         self._closed = True
         waiting = self._unwritten
         while self._unwritten:
-            self._idle = anyio.Event()
             await self._idle.wait()
         return waiting
 
@@ -191,34 +204,35 @@ class Producer:
         A caller that is cancelled before its batch is sent takes the message out of it; later, the outcome is
         awaited before the cancellation goes on.
         """
-        dedup_id = entry.dedup_id
-        while dedup_id is not None and dedup_id in self._by_dedup_id:
-            first, batch = self._by_dedup_id[dedup_id]
-            await batch.done.wait()
-            if batch.error is None:
-                return first.id
-        batch = await self.add(entry, priority, due_ms)
+        own = entry
+        entry, batch = await self.add(entry, priority, due_ms)
         try:
             await batch.done.wait()
         except anyio.get_cancelled_exc_class():
             if batch.sent:
                 with anyio.CancelScope(shield=True):
                     await batch.done.wait()
-            else:
+            elif entry is own:
                 self._take_out(entry, batch)
             raise
         if batch.error is not None:
             raise _copy(batch.error)
         return entry.id
 
-    async def add(self, entry: Entry, priority: int, due_ms: int) -> Batch:
-        """Put a message into the open batch of its lane; its ``done`` is set when the outcome is known."""
+    async def add(self, entry: Entry, priority: int, due_ms: int) -> tuple[Entry, Batch]:
+        """Put a message into the open batch of its lane; its ``done`` is set when the outcome is known.
+
+        A message with the same deduplication id that is on its way is returned instead.
+        """
         lane = self._lane(priority, due_ms)
         while len(lane.full) >= LANE_BACKLOG_MAX:
-            lane.room = anyio.Event()
             await lane.room.wait()
             lane = self._lane(priority, due_ms)
         group = self._require_open()
+        if entry.dedup_id is not None:
+            known = self._by_dedup_id.get(entry.dedup_id)
+            if known is not None:
+                return known
         settings = self._shared.settings
         size = len(entry.payload) + RECORD_OVERHEAD_BYTES
         batch = lane.open
@@ -234,7 +248,7 @@ class Producer:
         if lane.pumps == 0 or (lane.full and lane.pumps < LANE_WRITES_MAX):
             lane.pumps += 1
             group.start_soon(self._pump, lane, (priority, due_ms))
-        return batch
+        return entry, batch
 
     def _require_open(self) -> TaskGroup:
         if self._closed or self._group is None:
@@ -364,9 +378,7 @@ class Producer:
             else:
                 entry.reservation = got
 
-        async with anyio.create_task_group() as group:
-            for entry in wanted:
-                group.start_soon(reserve, entry)
+        await together(wanted, reserve, at_once=WRITES_MAX)
         for entry in gone:
             batch.entries.remove(entry)
 

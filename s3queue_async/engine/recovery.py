@@ -5,16 +5,17 @@ Every worker does it, rarely and with jitter; rendezvous ranking leaves most of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from s3queue_async.engine.registry import Lease, Registry
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import CorruptObject, StoreUnavailable, Throttled
+from s3queue_async.errors import CorruptObject, QueueError
 from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.protocol.ranking import falls_to
 from s3queue_async.storage.base import Entry, NotFound, Stored
 
 CLAIMS_PER_SWEEP_MAX = 10_000
@@ -67,7 +68,7 @@ class Recovery:
         while True:
             try:
                 await self.sweep()
-            except (StoreUnavailable, Throttled) as error:
+            except QueueError as error:
                 log.warning("the sweep failed", error=str(error))
             await shared.clock.sleep(every_s * (0.75 + 0.5 * shared.random.random()))
 
@@ -75,7 +76,7 @@ class Recovery:
         """One look at everything that may be left behind."""
         workers = await self._registry.list()
         await self._sweep_workers(workers)
-        await self._sweep_claims()
+        await self._sweep_claims(workers)
         await self._sweep_markers()
         if self._shared.settings.retain_completed is not None:
             await self._sweep_history(self._shared.settings.retain_completed)
@@ -88,9 +89,10 @@ class Recovery:
             if worker != self._lease.worker_id and age_s > settings.visibility_timeout + settings.lease_margin:
                 await self._registry.owner(worker)
 
-    async def _sweep_claims(self) -> None:
+    async def _sweep_claims(self, workers: Iterable[str]) -> None:
         """Claims whose segment is gone and whose owner cannot delete them, and orphans that no listing shows."""
-        self._lingering = {key for key in self._lingering if not self._known(layout.claim_name(key))}
+        if len(self._lingering) > CLAIMS_PER_SWEEP_MAX:
+            self._lingering.clear()
         settings = self._shared.settings
         old_s = max(settings.visibility_timeout, settings.claim_linger) + settings.lease_margin
         after, seen, looks = layout.CLAIMS, 0, 0
@@ -100,7 +102,12 @@ class Recovery:
                 seen += 1
                 name = layout.claim_name(entry.key)
                 is_old = self._shared.time.earliest() - entry.modified_s > old_s
-                if is_old and not self._known(name) and entry.key not in self._lingering:
+                if (
+                    is_old
+                    and falls_to(self._lease.worker_id, name, workers)
+                    and not self._known(name)
+                    and entry.key not in self._lingering
+                ):
                     looks += 1
                     await self._look_at_claim(entry)
             if not page.more:

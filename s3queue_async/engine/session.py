@@ -19,7 +19,7 @@ from s3queue_async.engine.recovery import Recovery
 from s3queue_async.engine.registry import Counters, Lease, Registry, Vitals
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import StoreUnavailable, Throttled
+from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
 from s3queue_async.events import (
     LeaseLostEvent,
     MessageClaimed,
@@ -32,6 +32,7 @@ from s3queue_async.log import log
 from s3queue_async.protocol.backoff import retry_delay_s
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.segment import Failure
+from s3queue_async.wakeup import Wakeup
 
 TICK_S = 0.1
 LINGER_SWEEP_S = 2.0
@@ -91,7 +92,7 @@ class Session:
         self._rate = 0.0
         self._rate_at = shared.clock.monotonic()
         self._rate_done = 0
-        self._changed = anyio.Event()
+        self._changed = Wakeup()
         self._registered = anyio.Event()
         self._over = anyio.Event()
         self._scope = anyio.CancelScope()
@@ -218,6 +219,26 @@ class Session:
         ahead = min(PREFETCH_MAX, int(self._rate * self.claimer.fetch_s * PREFETCH_ROUNDS))
         wanted = self.feed.idle + self.wanted_by_receivers + ahead
         return wanted - self.feed.queued - self.claimer.claiming_messages
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    def take(self) -> tuple[Held, int] | None:
+        """The next message to start, now counted as running; None when none may start."""
+        return self.feed.take() if self.lease.trusted else None
+
+    async def started_alone(self, held: Held, index: int) -> bool:
+        """Record that a taken message runs alone now; False when its segment was lost over that."""
+        try:
+            await self.settler.record_start(held, index)
+        except QueueError as error:
+            self.feed.done(held)
+            self.settler.lose(held, str(error))
+            self.slot_free()
+            return False
+        except BaseException:
+            self.feed.done(held)
+            raise
+        return True
 
     # -- what becomes of messages --------------------------------------------------------------------------------
 
@@ -447,7 +468,6 @@ class Session:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            self._changed = anyio.Event()
             await self._changed.wait()
 
     def _notify(self) -> None:

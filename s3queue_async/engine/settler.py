@@ -16,6 +16,7 @@ from s3queue_async.engine.dedup import Deduplicator
 from s3queue_async.engine.held import Departing, Done, Held
 from s3queue_async.engine.registry import Lease
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.engine.writing import Fate, put_segment
 from s3queue_async.errors import CorruptObject, LeaseLost, QueueError, StoreUnavailable, Throttled
 from s3queue_async.log import log
@@ -25,6 +26,7 @@ from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.claim import Claim, Departure, Move
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.storage.base import IfVersion, PreconditionFailed, Superseded
+from s3queue_async.wakeup import Wakeup
 
 LANES = 16
 """Segments that are settled at a time."""
@@ -69,8 +71,7 @@ class Settler:
         self._on_end = on_end
         self._dedup = Deduplicator(shared)
         self._queue: deque[Held] = deque()
-        self._arrived = anyio.Event()
-        self._idle_lanes = 0
+        self._arrived = Wakeup()
         self._linger: deque[tuple[float, str]] = deque()
         self.keep_done = shared.settings.retain_completed is not None
         self.completed = 0
@@ -104,8 +105,15 @@ class Settler:
         """Record in the claim that a message is about to run alone. Raises LeaseLost when the claim is not ours."""
         async with held.lock:
             finished = tuple(held.finished)
-            await self._write_claim(
-                held, lambda claim: claims.start(claim, index, finished=finished, nonce=self._shared.nonce())
+            times = held.claim.starts.get(index, 0) + 1
+            await self._shared.insist(
+                lambda: self._write_claim(
+                    held,
+                    lambda claim: claims.start(
+                        claim, index, times=times, finished=finished, nonce=self._shared.nonce()
+                    ),
+                ),
+                while_true=lambda: self._lease.trusted,
             )
             held.recorded = len(finished)
 
@@ -148,7 +156,6 @@ class Settler:
     async def _lane(self) -> None:
         while True:
             while not self._queue:
-                self._arrived = anyio.Event()
                 await self._arrived.wait()
             held = self._queue.popleft()
             if held.giving_back:
@@ -184,21 +191,22 @@ class Settler:
             await self._guarded(batch, work)
         except Superseded:
             for held in batch:
-                self._lose(held, "its claim was taken by another worker")
+                self.lose(held, "its claim was taken by another worker")
         except LeaseLost as error:
             for held in batch:
-                self._lose(held, str(error))
+                self.lose(held, str(error))
         except QueueError as error:
             if not self._lease.trusted:
                 for held in batch:
-                    self._lose(held, str(error))
+                    self.lose(held, str(error))
                 return
             log.warning("settling failed, trying again", segment=batch[0].name, error=str(error))
             await self._shared.clock.sleep(REST_S)
             for held in batch:
                 self.submit(held)
 
-    def _lose(self, held: Held, reason: str) -> None:
+    def lose(self, held: Held, reason: str) -> None:
+        """Give a segment up without a word to the store: another worker may own it."""
         held.lose(reason)
         held.ended = True
         self._on_end(held)
@@ -344,18 +352,14 @@ class Settler:
         return key.text, [Departure(leaving.index, leaving.attempts, leaving.failure) for leaving in part]
 
     async def _apply_all(self, held: Held, pending: Sequence[Move]) -> None:
-        limiter = anyio.CapacityLimiter(MOVES_AT_ONCE)
         late: list[Move] = []
 
         async def apply(move: Move) -> None:
-            async with limiter:
-                if not await self._apply(held, move):
-                    late.append(move)
+            if not await self._apply(held, move):
+                late.append(move)
 
         while True:
-            async with anyio.create_task_group() as group:
-                for move in pending:
-                    group.start_soon(apply, move)
+            await together(pending, apply, at_once=MOVES_AT_ONCE)
             if not late:
                 return
             renamed = {move.key: self._renamed(move) for move in late}

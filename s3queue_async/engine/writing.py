@@ -28,13 +28,14 @@ GiveUp = Callable[[QueueError], None]
 """Called after each failure; raises when there is no point in another try."""
 
 
-async def look(shared: Shared, key: SegmentKey) -> Fate | None:
+async def look(shared: Shared, key: SegmentKey, body: bytes) -> Fate | None:
     """What the store shows of a segment that may have been written; None: neither it nor a claim on it.
 
-    A void segment is deleted: nobody runs it, and anybody may delete it.
+    A void segment is deleted: nobody runs it, and anybody may delete it. So is one that is not what was written:
+    SeaweedFS keeps an empty object of a request that was cut off between its headers and its body.
     """
     try:
-        stored = await shared.storage.get(key.text, span=(0, 1))
+        stored = await shared.storage.get(key.text)
     except NotFound:
         try:
             await shared.storage.get(key.claim, span=(0, 1))
@@ -42,7 +43,8 @@ async def look(shared: Shared, key: SegmentKey) -> Fate | None:
             return None
         return Fate.WRITTEN
     assert isinstance(stored, Stored)
-    if not segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age):
+    void = segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age)
+    if stored.body == body and not void:
         return Fate.WRITTEN
     shared.bus.emit(SegmentVoided(key=key.text))
     await shared.storage.delete(key.text)
@@ -84,7 +86,7 @@ async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: 
         tries += 1
         began_s = shared.time.earliest()
         try:
-            fate = await look(shared, key)
+            fate = await look(shared, key, body)
         except (StoreUnavailable, Throttled) as error:
             await _wait(shared, tries, error, give_up)
             continue

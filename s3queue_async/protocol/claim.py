@@ -165,9 +165,12 @@ def release(claim: Claim, *, nonce: str) -> Claim:
     return _replace(claim, nonce=nonce, owner="")
 
 
-def start(claim: Claim, index: int, *, finished: Iterable[int] = (), nonce: str) -> Claim:
-    """Record that a message is about to run alone, and what was finished since the last write."""
-    starts = {**claim.starts, index: claim.starts.get(index, 0) + 1}
+def start(claim: Claim, index: int, *, times: int | None = None, finished: Iterable[int] = (), nonce: str) -> Claim:
+    """Record that a message is about to run alone, and what was finished since the last write.
+
+    ``times`` is how often it will have been started then: given, a repeated write counts once.
+    """
+    starts = {**claim.starts, index: claim.starts.get(index, 0) + 1 if times is None else times}
     return _replace(claim, nonce=nonce, starts=starts, finished=_merged(claim, finished))
 
 

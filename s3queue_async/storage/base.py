@@ -1,7 +1,7 @@
 """The storage floor's contract: four verbs, conditions as values, and what each error means.
 
 A storage is rooted at one queue: keys are relative to it, forward slashes separate their parts. Every reply and
-every error carries ``date_s``, the store's own clock (seconds since the epoch) as it answered, because the
+every answer carries ``date_s``, the store's own clock (seconds since the epoch) as it answered, because the
 protocol never looks at a local wall clock. ``None`` means that the reply carried no date.
 """
 

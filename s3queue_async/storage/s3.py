@@ -5,8 +5,10 @@ from __future__ import annotations
 from calendar import timegm
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from email.utils import parsedate_tz
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime, parsedate_tz
 from functools import lru_cache
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -27,8 +29,9 @@ from botocore.exceptions import (
     SSLError,
     TokenRetrievalError,
 )
-from botocore.handlers import convert_body_to_file_like_object
+from botocore.handlers import add_expect_header, convert_body_to_file_like_object
 from botocore.parsers import ResponseParserError
+from botocore.utils import parse_timestamp
 
 from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
 from s3queue_async.storage._s3_errors import Failure, classify
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
+# aiohttp warns of larger bodies that are not streams, because one would be copied in a single step.
+_RAW_BYTES_MAX = 1024 * 1024
 # Single deletes in flight when the store has no DeleteObjects.
 _DELETES_IN_FLIGHT = 16
 # What stores without DeleteObjects (or without its newer checksums) answer to it.
@@ -164,8 +169,10 @@ class S3Storage:
                 session = AioSession(profile=self._profile)
                 # botocore makes a stream of every body, and asks for leave to send a stream (Expect: 100-continue):
                 # one more round trip for each PUT. Besides, SeaweedFS 4.48 stores an empty object when a request
-                # is cut off in between. Bytes go out together with their headers.
+                # is cut off in between. Without both, a body goes out together with its headers.
                 session.unregister("before-parameter-build.s3.PutObject", _TO_STREAM)
+                session.unregister("before-call.s3", _ASK_FIRST)
+                session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
                 context = session.create_client("s3", config=config, **self._client_args)
                 client = await stack.enter_async_context(context)
             except (BotoCoreError, ValueError) as error:
@@ -211,7 +218,8 @@ class S3Storage:
 
     async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
         """Write an object whole; see Storage.put."""
-        args: dict[str, Any] = {"Bucket": self.bucket, "Key": self._root + key, "Body": body}
+        sent = body if len(body) <= _RAW_BYTES_MAX else BytesIO(body)
+        args: dict[str, Any] = {"Bucket": self.bucket, "Key": self._root + key, "Body": sent}
         match when:
             case IfAbsent():
                 args["IfNoneMatch"] = "*"
@@ -369,7 +377,9 @@ class S3Storage:
         )
 
 
-_TO_STREAM: Any = convert_body_to_file_like_object  # the stubs know handlers of another form only
+# The stubs know handlers of another form only.
+_TO_STREAM: Any = convert_body_to_file_like_object
+_ASK_FIRST: Any = add_expect_header
 
 # Whatever aiobotocore lets through; aiohttp's and the system's own errors appear while a body is being read.
 _FOREIGN_ERRORS = (
@@ -397,6 +407,18 @@ def _parse_date(text: str | None) -> float | None:
     # Cached, because the same second comes back with every reply of that second.
     parts = None if text is None else parsedate_tz(text)
     return None if parts is None else float(timegm((*parts[:6], 0, 0, 0)) - (parts[9] or 0))
+
+
+def _parse_timestamp(value: Any) -> datetime:
+    # Most of what a listing costs is botocore's own parser, which takes dates in any form that people write.
+    if isinstance(value, str):
+        if value[10:11] == "T":
+            moment = datetime.fromisoformat(value)
+            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        if value[3:5] == ", ":
+            return parsedate_to_datetime(value)
+    parsed: datetime = parse_timestamp(value)
+    return parsed
 
 
 def _retry_after_s(text: str | None) -> float | None:

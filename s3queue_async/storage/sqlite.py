@@ -77,11 +77,11 @@ WHERE space = ?1 AND key > ?2 AND key >= ?3 AND (?4 IS NULL OR key < ?4) ORDER B
 class SqliteStorage:
     """A storage in one SQLite file, shared safely by several processes of one machine.
 
-    Each call is one SQL statement; calls that wait together share one transaction. The file is in WAL mode. With
-    ``synchronous="NORMAL"`` a killed or crashed process loses nothing, but a power failure (or a crash of the
-    operating system) can take back the last writes that were acknowledged before it, newest first; the file
-    stays whole. ``"FULL"`` syncs the disk with every transaction and closes that gap, at the price of
-    throughput. (Source: sqlite.org/pragma.html#pragma_synchronous.)
+    Each call is one SQL statement; calls that wait together share one transaction. The file is in WAL mode, and every
+    transaction is synced to the disk (``synchronous="FULL"``), so that what was acknowledged survives a power failure.
+    With ``"NORMAL"`` a killed or crashed process loses nothing either, but a power failure (or a crash of the
+    operating system) can take back the last writes before it, newest first; the file stays whole.
+    (Source: sqlite.org/pragma.html#pragma_synchronous.)
 
     The file must be on a local disk: WAL needs memory that all processes share, which network file systems lack.
 
@@ -97,7 +97,7 @@ class SqliteStorage:
         path: str | os.PathLike[str],
         name: str = "default",
         *,
-        synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
+        synchronous: Literal["NORMAL", "FULL"] = "FULL",
         busy_timeout_s: float = 10.0,
     ) -> None:
         if synchronous not in ("NORMAL", "FULL"):

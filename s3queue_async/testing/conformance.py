@@ -14,6 +14,7 @@ The storage must be open and empty. The tests need pytest-asyncio in its auto mo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Sequence
 
@@ -394,7 +395,9 @@ class StorageConformance:
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
                 assert not isinstance(outcome, Exception), outcome
         for key in await keys_of(storage, "cancelled/"):
-            assert (await read(storage, key)).body == body
+            # A delete whose caller gave up may still land between the listing and the read.
+            with contextlib.suppress(NotFound):
+                assert (await read(storage, key)).body == body
         assert (await read(storage, "known")).body == body
         await storage.put("k", b"1", when=IfAbsent())
 

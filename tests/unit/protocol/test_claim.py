@@ -33,9 +33,11 @@ def fresh(nonce: str = "n0") -> Claim:
     return claims.fresh(KEY, owner="w1", now_ms=NOW_MS, nonce=nonce)
 
 
-def lose(claim: Claim, size: int, *, crashed: bool = True, nonce: str = "n9") -> Claim:
+def lose(claim: Claim, source: int | Index, *, crashed: bool = True, nonce: str = "n9") -> Claim:
     """The owner is lost and another worker takes the claim."""
-    return claims.take(claim, count=size, owner="w2", now_ms=NOW_MS + 1, nonce=nonce, crashed=crashed)
+    if isinstance(source, int):
+        source = index_of(source)
+    return claims.take(claim, source=source, owner="w2", now_ms=NOW_MS + 1, nonce=nonce, crashed=crashed)
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=10)
@@ -117,8 +119,8 @@ class TestNonce:
     @pytest.mark.parametrize(
         "transition",
         [
-            lambda claim: claims.take(claim, count=3, owner="w2", now_ms=NOW_MS, nonce="n1", crashed=True),
-            lambda claim: claims.take(claim, count=3, owner="w1", now_ms=NOW_MS, nonce="n1", crashed=False),
+            lambda claim: claims.take(claim, source=index_of(3), owner="w2", now_ms=NOW_MS, nonce="n1", crashed=True),
+            lambda claim: claims.take(claim, source=index_of(3), owner="w1", now_ms=NOW_MS, nonce="n1", crashed=False),
             lambda claim: claims.release(claim, nonce="n1"),
             lambda claim: claims.start(claim, 0, nonce="n1"),
             lambda claim: claims.finish(claim, [0], nonce="n1"),
@@ -231,9 +233,9 @@ class TestPoison:
     def test_recorded_starts_are_charged_once(self) -> None:
         """Beside a suspect even the first owner records each start: a loss is charged to the started message, once."""
         index = Index([record("suspect", suspect=True), record("other"), record("idle")], 7)
-        claim = lose(claims.start(fresh(), 1, nonce="n"), 3)
+        claim = lose(claims.start(fresh(), 1, nonce="n"), index)
         assert [claim.attempts(place, index.records[place]) for place in range(3)] == [0, 1, 0]
-        again = lose(claims.start(claim, 2, nonce="n"), 3)
+        again = lose(claims.start(claim, 2, nonce="n"), index)
         assert again.attempts(2, index.records[2]) == 1
 
 
@@ -335,7 +337,7 @@ class ClaimMachine(RuleBasedStateMachine):
     def owner_is_lost(self, crashed: bool) -> None:
         before, token = self.attempts(), self.claim.token
         isolated, free = self.claim.isolated(self.index), self.claim.free
-        self.next(lose(self.claim, len(self.index.records), crashed=crashed, nonce=self.nonce()))
+        self.next(lose(self.claim, self.index, crashed=crashed, nonce=self.nonce()))
         if crashed and not free:
             assert self.claim.isolated(self.index)
             if not isolated:

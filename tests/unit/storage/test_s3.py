@@ -118,12 +118,16 @@ async def test_an_error_is_not_tried_again(status: int) -> None:
 
 async def test_a_put_goes_out_whole() -> None:
     """A PUT carries its condition and its body without asking for leave first, and no checksum trailer."""
+    large = b"large" * 500_000
     async with _serving() as (fake, storage):
-        fake.replies += [(200, {"ETag": '"1"'}, b""), (200, {"ETag": '"2"'}, b""), (204, {}, b"")]
+        fake.replies += [(200, {"ETag": '"1"'}, b"")] * 2 + [(204, {}, b""), (200, {"ETag": '"1"'}, b"")]
         assert (await storage.put("a b", b"body", when=IfAbsent())).date_s == _DATE_S
         await storage.put("a b", b"", when=IfVersion('"1"'))
         await storage.delete("a b", when=IfVersion('"2"'))
-    (line, headers, body), (_, second, _), (third_line, third, _) = fake.requests
+        await storage.put("large", large)
+    (line, headers, body), (_, second, _), (third_line, third, _), (_, fourth, large_body) = fake.requests
+    assert large_body == large
+    assert "expect" not in fourth
     assert line == "PUT /bucket/root/a%20b HTTP/1.1"
     assert body == b"body"
     assert headers["if-none-match"] == "*"

