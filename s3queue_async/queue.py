@@ -50,6 +50,7 @@ from s3queue_async.settings import Settings, seconds, whole_number
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.metered import MeteredStorage, StorageMetrics
 from s3queue_async.storage.open import storage_from_url
+from s3queue_async.storage.plugin import plugin_prefix
 from s3queue_async.storage.throttle import ThrottledStorage
 from s3queue_async.worker import Handler, HandlerFunction, Worker, payload_decoder
 
@@ -130,7 +131,13 @@ class S3Queue(Generic[PayloadT]):
         self._random = SystemRandom() if rng is None else rng
         self._metered = MeteredStorage(storage, clock=self._clock)
         self._timed = TimedStorage(self._metered, self._clock)
-        self._storage = ThrottledStorage(self._timed, clock=self._clock, on_throttled=self._throttled)
+        heartbeats = plugin_prefix(layout.WORKERS)
+        self._storage = ThrottledStorage(
+            self._timed,
+            clock=self._clock,
+            on_throttled=self._throttled,
+            urgent=lambda key: key.startswith(heartbeats),
+        )
         self._shared = Shared(self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus)
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
@@ -178,15 +185,18 @@ class S3Queue(Generic[PayloadT]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack = self._require_stack()
-        with anyio.CancelScope(shield=True):
-            await self.drain()
         assert self._group is not None
-        # What the body raised goes on as it is; only a background task's failure comes as the group's.
-        failed = self._group.cancel_scope.cancel_called
-        self._bus.close()
-        self._group.cancel_scope.cancel()
-        self._stack = None
-        await (stack.__aexit__(kind, error, trace) if failed else stack.aclose())
+        try:
+            with anyio.CancelScope(shield=True):
+                await self.drain()
+        finally:
+            # Also when a second cancellation broke the drain off: no task outlives the block.
+            # What the body raised goes on as it is; only a background task's failure comes as the group's.
+            failed = self._group.cancel_scope.cancel_called
+            self._bus.close()
+            self._group.cancel_scope.cancel()
+            self._stack = None
+            await (stack.__aexit__(kind, error, trace) if failed else stack.aclose())
 
     async def _close_storage(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -212,7 +222,7 @@ class S3Queue(Generic[PayloadT]):
                 handed back. None: ``drain_timeout``. Heartbeats go on until everything is settled.
 
         Returns:
-            What was done. Calling it again returns the same report.
+            What was done. Calling it again returns the same report. A caller that is cancelled stops waiting only.
 
         Raises:
             QueueClosed: The queue was never opened.
@@ -221,12 +231,17 @@ class S3Queue(Generic[PayloadT]):
             return self._report
         self._require_stack()
         timeout_s = self.settings.drain_timeout if timeout is None else seconds("timeout", timeout)
-        if self._draining:
-            return await self._end_of_drain()
-        self._draining = True
+        if not self._draining:
+            assert self._group is not None
+            self._draining = True
+            # In the queue's own group: a caller that is cancelled stops waiting, and the drain goes on.
+            self._group.start_soon(self._drain, timeout_s)
+        return await self._end_of_drain()
+
+    async def _drain(self, timeout_s: float) -> None:
         began = self._clock.monotonic()
         flushed = 0
-        stopped = _Stopped()
+        stopped = _Stopped(clean=False)
 
         async def flush() -> None:
             nonlocal flushed
@@ -246,7 +261,6 @@ class S3Queue(Generic[PayloadT]):
                 elapsed=self._clock.monotonic() - began,
             )
             self._drained.set()
-        return self._report
 
     async def _end_of_drain(self) -> DrainReport:
         await self._drained.wait()
@@ -584,7 +598,7 @@ class S3Queue(Generic[PayloadT]):
         self._processing = False
         if over is None or session is None:
             return _Stopped()
-        finished_before = session.feed.finished
+        finished_before, handed_back_before = session.feed.finished, session.handed_back
         cancelled = 0
 
         def stop_running() -> int:
@@ -595,7 +609,7 @@ class S3Queue(Generic[PayloadT]):
         clean = await session.drain(stop_running=stop_running, timeout_s=timeout_s)
         await over.wait()
         finished = max(0, session.feed.finished - finished_before - cancelled)
-        return _Stopped(finished, session.handed_back, cancelled, clean)
+        return _Stopped(finished, session.handed_back - handed_back_before, cancelled, clean)
 
     def _cancel_running(self) -> int:
         count = 0 if self._worker is None else self._worker.stop_running()

@@ -43,19 +43,20 @@ class Receiver:
         session = self._session
         clock = session.shared.clock
         messages: list[Message[Any]] = []
-        session.wanted_by_receivers += max_messages
+        wanted = max_messages
+        session.wanted_by_receivers += wanted
         session.claimer.notice()
         ends_at = clock.monotonic() + wait_s
         looked = False
         try:
-            while len(messages) < max_messages and not session.is_over:
+            while wanted > 0 and not session.is_over:
                 taken = session.take()
                 if taken is not None:
                     message = await self._message(*taken)
                     if message is not None:
                         messages.append(message)
                         session.wanted_by_receivers -= 1
-                        max_messages -= 1
+                        wanted -= 1
                     continue
                 if messages:
                     break
@@ -72,7 +73,7 @@ class Receiver:
                     await session.feed.wait()
                 looked = True
         finally:
-            session.wanted_by_receivers -= max_messages
+            session.wanted_by_receivers -= wanted
         return messages
 
     def stop(self) -> int:

@@ -59,6 +59,7 @@ class Candidate:
     key: SegmentKey
     size: int
     shown_at: float
+    taken: bool = False
 
 
 @dataclass(slots=True)
@@ -414,12 +415,15 @@ class Claimer:
     async def _obtain(self, candidate: Candidate, offered: tuple[segments.Index, list[bytes]] | None) -> Held | None:
         name = candidate.key.name
         held = None
-        if name not in self._blocked:
+        # Only a claim in the way is worth a look; a segment that was refused waits until its time.
+        in_the_way = name in self._blocked
+        if not in_the_way:
             started = self._shared.clock.monotonic()
             held = await self._claim_fresh(candidate, offered)
             if held is not None:
                 self.fetch_s += 0.2 * (self._shared.clock.monotonic() - started - self.fetch_s)
-        if held is None and name in self._blocked:
+            in_the_way = candidate.taken
+        if held is None and in_the_way:
             held = await self._inspect(candidate.key)
         if held is not None:
             self._blocked.pop(name, None)
@@ -468,6 +472,7 @@ class Claimer:
                 reading.error = error
                 group.cancel_scope.cancel()
         if taken:
+            candidate.taken = True
             self._block(key.name, 0.0)
             self._next_peers = 0.0
             return None

@@ -11,6 +11,7 @@ from s3queue_async.storage.base import IfAbsent, NotFound, Stored, Superseded
 from s3queue_async.storage.probe import probe
 
 FORMAT_VERSION = 1
+OPEN_WITHIN_S = 30.0
 CREATE_WITHIN_S = 20.0
 
 
@@ -42,7 +43,13 @@ async def open_queue(shared: Shared) -> bool:
         StoreUnsupported: The store ignores conditions; nothing is left behind.
         NewerFormat: A newer version of this library made the queue; nothing is touched.
         CorruptObject: queue.json is not readable.
+        StoreUnavailable, Throttled: The store did not answer for half a minute.
     """
+    give_up_at = shared.clock.monotonic() + OPEN_WITHIN_S
+    return await shared.insist(lambda: _open(shared), while_true=lambda: shared.clock.monotonic() < give_up_at)
+
+
+async def _open(shared: Shared) -> bool:
     body = await _read(shared)
     if body is None:
         capabilities = await probe(shared.storage, random=shared.random, clock=shared.clock)

@@ -47,6 +47,8 @@ class Held:
     """A claimed segment in memory. Only the settler writes its claim; only the worker starts its messages."""
 
     __slots__ = (
+        "again",
+        "busy",
         "cancel",
         "claim",
         "claimed_at",
@@ -96,6 +98,8 @@ class Held:
         self.markers: dict[int, Reservation] = {}
         self.lost: str | None = None
         self.queued = False
+        self.busy = False
+        self.again = False
         self.cancel: dict[int, Callable[[], None]] = {}
         self.lock = anyio.Lock()
         self.kept = 0

@@ -14,6 +14,7 @@ from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
 from s3queue_async.errors import CorruptObject
+from s3queue_async.log import log
 from s3queue_async.message import (
     CompletedMessage,
     DeadMessage,
@@ -392,7 +393,11 @@ class Inspector:
         except NotFound:
             return None
         assert isinstance(stored, Stored)
-        return claims.decode(key, stored.body)
+        try:
+            return claims.decode(key, stored.body)
+        except CorruptObject:
+            # Nobody can tell whose it is; the claim loop reports it, and replaces it when its time is over.
+            return Claim(nonce="", segment="", owner="unknown", token=0, claimed_ms=0)
 
     async def _index(self, key: SegmentKey) -> segments.Index | None:
         try:
@@ -402,9 +407,11 @@ class Inspector:
             if end > len(stored.body):
                 stored = await self._shared.storage.get(key.text, span=(0, end))
                 assert isinstance(stored, Stored)
+            return segments.decode_index(key.text, stored.body)
         except NotFound:
             return None
-        return segments.decode_index(key.text, stored.body)
+        except CorruptObject as error:
+            return self._unreadable(error)
 
     async def _segment(self, key: SegmentKey) -> Segment | None:
         try:
@@ -412,7 +419,15 @@ class Inspector:
         except NotFound:
             return None
         assert isinstance(stored, Stored)
-        return segments.decode(key.text, stored.body)
+        try:
+            return segments.decode(key.text, stored.body)
+        except CorruptObject as error:
+            return self._unreadable(error)
+
+    @staticmethod
+    def _unreadable(error: CorruptObject) -> None:
+        # Whoever claims it sets it aside; who only looks goes on with the others.
+        log.error("an object of the queue cannot be used", key=error.key, reason=error.reason)
 
 
 async def move_dead(session: Session, key: SegmentKey, wanted: frozenset[str] | None, *, redrive: bool) -> int:

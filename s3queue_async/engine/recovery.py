@@ -17,10 +17,12 @@ from s3queue_async.protocol import layout
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.ranking import falls_to
 from s3queue_async.storage.base import Entry, NotFound, Stored
+from s3queue_async.storage.plugin import PluginStorage
+from s3queue_async.storage.probe import PROBE_NAMESPACE
 
 CLAIMS_PER_SWEEP_MAX = 10_000
 LOOKS_PER_SWEEP_MAX = 500
-DELETE_BATCH_MAX = 1000
+PROBE_OVER_S = 120.0
 
 
 class Takeover(Protocol):
@@ -59,6 +61,8 @@ class Recovery:
         self._let_linger = let_linger
         self._takeover = takeover
         self._lingering: set[str] = set()
+        self._probes = PluginStorage(shared.storage, PROBE_NAMESPACE, ttl_s=PROBE_OVER_S)
+        self._probes_swept = False
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -78,6 +82,7 @@ class Recovery:
         await self._sweep_workers(workers)
         await self._sweep_claims(workers)
         await self._sweep_markers()
+        await self._sweep_probes()
         if self._shared.settings.retain_completed is not None:
             await self._sweep_history(self._shared.settings.retain_completed)
 
@@ -126,8 +131,11 @@ class Recovery:
         except (CorruptObject, ValueError):
             # The claim loop replaces it when its segment is still there; here only its owner would tell more.
             return
-        if claim.owner and claim.owner != self._lease.worker_id and await self._registry.owner(claim.owner) is not None:
-            return
+        if claim.owner and claim.owner != self._lease.worker_id:
+            peer = await self._registry.owner(claim.owner)
+            name = layout.claim_name(entry.key)
+            if peer is not None and not self._registry.is_abandoned(peer, name, entry.modified_s):
+                return
         try:
             await self._shared.storage.get(key.text, span=(0, 1))
         except NotFound:
@@ -148,6 +156,18 @@ class Recovery:
             if not page.more:
                 return
             after = page.entries[-1].key
+
+    async def _sweep_probes(self) -> None:
+        """Objects of a probe that was killed; looked for once in a worker's life, since probes are rare."""
+        if self._probes_swept:
+            return
+        page = await self._probes.list("")
+        old = [
+            entry.key for entry in page.entries if self._probes.expired(entry.modified_s, self._shared.time.earliest())
+        ]
+        if old:
+            await self._probes.delete_many(old)
+        self._probes_swept = not page.entries
 
     async def _sweep_history(self, retain_s: float) -> None:
         while True:

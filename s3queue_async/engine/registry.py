@@ -19,6 +19,7 @@ from s3queue_async.errors import LeaseLost, StoreUnavailable, Throttled
 from s3queue_async.log import log
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
+    Conflict,
     IfAbsent,
     IfVersion,
     NotFound,
@@ -29,6 +30,7 @@ from s3queue_async.storage.base import (
 
 LISTED_WORKERS_MAX = 10_000
 FENCE_WITHIN_S = 10.0
+COUNT_WITHIN_S = 3.0
 LIVENESS_CACHE_S = 1.0
 COUNTERS = "all"
 
@@ -208,7 +210,15 @@ class Registry:
             before = Counters() if body is None else _decode_counters(body)
             return _encoder.encode(Sums(self._shared.nonce(), before.plus(counters)))
 
-        await self._shared.totals.update(COUNTERS, change)
+        give_up_at = self._shared.clock.monotonic() + COUNT_WITHIN_S
+        try:
+            await self._shared.insist(
+                lambda: self._shared.totals.update(COUNTERS, change),
+                while_true=lambda: self._shared.clock.monotonic() < give_up_at,
+            )
+        except (StoreUnavailable, Throttled) as error:
+            # The sums are for people to read; nobody waits for a store that is out of reach because of them.
+            log.warning("a worker's counters are not in the sums", error=str(error))
 
     async def counters(self) -> Counters:
         """What workers that left did, summed up."""
@@ -311,11 +321,11 @@ class Lease:
         async with self._beating:
             if not self._version:
                 return
-            await self._registry.add_counters(self._vitals().counters)
             await self._shared.insist(
                 lambda: self._shared.workers.delete(self.worker_id), while_true=lambda: self.trusted
             )
             self.lose("left")
+        await self._registry.add_counters(self._vitals().counters)
 
     async def give_up(self) -> None:
         """Delete the heartbeat although it was not renewed in time, so that others need not wait for it to run out.
@@ -327,8 +337,8 @@ class Lease:
                 return
             try:
                 await self._shared.workers.delete(self.worker_id, when=IfVersion(self._version))
-            except PreconditionFailed:
-                # Fenced by somebody, who has counted it, too.
+            except (PreconditionFailed, Conflict):
+                # Fenced by somebody, who has counted it, too; or about to be.
                 return
             await self._registry.add_counters(self._vitals().counters)
 

@@ -82,6 +82,9 @@ class Settler:
         """Have a segment's news recorded soon; calling it again before that changes nothing."""
         if held.queued or held.ended or held.lost is not None:
             return
+        if held.busy:
+            held.again = True
+            return
         held.queued = True
         self._queue.append(held)
         self._arrived.set()
@@ -173,6 +176,7 @@ class Settler:
         waiters: list[list[anyio.Event]] = []
         for held in batch:
             held.queued = False
+            held.busy = True
             waiters.append(held.waiters)
             held.waiters = []
         try:
@@ -181,6 +185,12 @@ class Settler:
             for held, waiting in zip(batch, waiters, strict=True):
                 held.waiters[:0] = waiting
             raise
+        finally:
+            for held in batch:
+                held.busy = False
+                if held.again:
+                    held.again = False
+                    self.submit(held)
         for waiting in waiters:
             for waiter in waiting:
                 waiter.set()
@@ -251,15 +261,12 @@ class Settler:
                 )
                 held.recorded = len(finished)
                 del held.departing[: len(departing)]
-            pending = held.claim.pending_moves()
-            if pending:
-                await self._apply_all(held, pending)
+            keys = await self._apply_all(held)
             if complete:
                 self._lease.check()
                 await self._shared.insist(lambda: self._delete([held.key.text]), while_true=lambda: self._lease.trusted)
                 self._ended(held)
-            elif pending:
-                keys = [move.key for move in pending]
+            elif keys:
                 await self._write_claim(held, lambda claim: claims.applied(claim, keys, nonce=self._shared.nonce()))
         if not complete and held.complete:
             self.submit(held)
@@ -351,21 +358,28 @@ class Settler:
         key = SegmentKey(place, self._shared.new_ulid(), len(part), held.index.priority, due_ms)
         return key.text, [Departure(leaving.index, leaving.attempts, leaving.failure) for leaving in part]
 
-    async def _apply_all(self, held: Held, pending: Sequence[Move]) -> None:
+    async def _apply_all(self, held: Held) -> set[str]:
+        """Write the new segment of every move that is not applied; returns their keys.
+
+        What is still to be written is read off the claim each time: a rename whose reply was lost may have given a
+        move another key than the one that was tried last.
+        """
+        written: set[str] = set()
         late: list[Move] = []
 
         async def apply(move: Move) -> None:
-            if not await self._apply(held, move):
+            if await self._apply(held, move):
+                written.add(move.key)
+            else:
                 late.append(move)
 
-        while True:
+        while pending := [move for move in held.claim.pending_moves() if move.key not in written]:
             await together(pending, apply, at_once=MOVES_AT_ONCE)
-            if not late:
-                return
-            renamed = {move.key: self._renamed(move) for move in late}
-            await self._write_claim(held, partial(_rekeyed, renamed=renamed, nonce=self._shared.nonce))
-            pending = [move for move in held.claim.pending_moves() if move.key in renamed.values()]
-            late.clear()
+            if late:
+                renamed = {move.key: self._renamed(move) for move in late}
+                await self._write_claim(held, partial(_rekeyed, renamed=renamed, nonce=self._shared.nonce))
+                late.clear()
+        return written
 
     async def _apply(self, held: Held, move: Move) -> bool:
         """Write a move's new segment; False when its key is too old: certainly not written, it needs a new one."""
@@ -442,7 +456,9 @@ class Settler:
 
 
 def _only_finished(held: Held) -> bool:
-    return held.complete and not held.departing and not held.claim.pending_moves() and held.claim.state == "open"
+    if held.giving_back or held.departing or held.claim.pending_moves():
+        return False
+    return held.complete and held.claim.state == "open"
 
 
 def _due_together(first: Departing, other: Departing, now_ms: int) -> bool:

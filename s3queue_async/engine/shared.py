@@ -16,6 +16,7 @@ from s3queue_async.settings import Settings
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Condition,
+    Conflict,
     Deleted,
     IfVersion,
     Page,
@@ -195,14 +196,14 @@ class Shared:
             while_true: Whether there is still a point in trying; asked after every failure.
 
         Raises:
-            StoreUnavailable, Throttled: The last failure, when it is not retriable or there is no point any more.
+            StoreUnavailable, Throttled, Conflict: The last failure, when it is not retriable or there is no point any more.
         """
         tries = 0
         while True:
             try:
                 return await request()
-            except (StoreUnavailable, Throttled) as error:
-                if not error.retriable or not while_true():
+            except (StoreUnavailable, Throttled, Conflict) as error:
+                if not (error.retriable or isinstance(error, Conflict)) or not while_true():
                     raise
                 await self.pause(tries, error)
                 if not while_true():

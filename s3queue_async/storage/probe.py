@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random  # noqa: TID251 - only the type: the instance is passed in
+from typing import TypeVar
 
 import anyio
 
 from s3queue_async.clock import Clock, SystemClock
-from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
+from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported, Throttled
 from s3queue_async.storage.base import (
     Conflict,
     IfAbsent,
@@ -22,8 +23,13 @@ from s3queue_async.storage.base import (
 )
 from s3queue_async.storage.plugin import PluginStorage
 
+T = TypeVar("T")
+
+PROBE_NAMESPACE = "probe"
 _RACERS = 8
 _RACES = 2
+_THROTTLED_TRIES = 5
+_THROTTLED_PAUSE_S = 1.1
 _CLEANUP_ROUNDS_MAX = 6
 _CLEANUP_PAUSE_S = 0.05
 
@@ -51,26 +57,28 @@ async def probe(storage: Storage, *, random: Random, clock: Clock | None = None)
         StoreUnsupported: The store ignores a condition; names what it answered.
         StoreUnavailable: The store failed meanwhile.
     """
-    view = PluginStorage(storage, "probe")
-    run = _Probe(view, f"{random.randbytes(8).hex()}/", random)
+    view = PluginStorage(storage, PROBE_NAMESPACE)
+    clock = clock or SystemClock()
+    run = _Probe(view, f"{random.randbytes(8).hex()}/", random, clock)
     try:
         capabilities = await run.check()
     except BaseException as error:
-        problem = await _clean_up(view, run.prefix, clock or SystemClock())
+        problem = await _clean_up(view, run.prefix, clock)
         if problem is not None:
             error.add_note(f"Objects of the probe may be left under plugin/probe/{run.prefix}: {problem}")
         raise
-    problem = await _clean_up(view, run.prefix, clock or SystemClock())
+    problem = await _clean_up(view, run.prefix, clock)
     if problem is not None:
         raise problem
     return capabilities
 
 
 class _Probe:
-    def __init__(self, view: PluginStorage, prefix: str, random: Random) -> None:
+    def __init__(self, view: PluginStorage, prefix: str, random: Random, clock: Clock) -> None:
         self.prefix = prefix
         self._view = view
         self._random = random
+        self._clock = clock
 
     async def check(self) -> Capabilities:
         stale, current = await self._check_sequence()
@@ -85,11 +93,11 @@ class _Probe:
 
     async def _check_sequence(self) -> tuple[str, str]:
         key = f"{self.prefix}sequence"
-        first = await self._view.put(key, self._body(), when=IfAbsent())
+        first = await self._put(key, IfAbsent())
         if await self._accepts(key, IfAbsent()):
             raise _unsupported("a PUT with If-None-Match: * on a key that exists", "success", "412 Precondition Failed")
         try:
-            second = await self._view.put(key, self._body(), when=IfVersion(first.version))
+            second = await self._put(key, IfVersion(first.version))
         except PreconditionFailed as error:
             raise _unsupported(
                 "a PUT with the current ETag in If-Match", "412 Precondition Failed", "success"
@@ -107,7 +115,7 @@ class _Probe:
     async def _check_delete(self, stale: str, current: str) -> bool:
         key = f"{self.prefix}sequence"
         try:
-            await self._view.delete(key, when=IfVersion(stale))
+            await self._patiently(lambda: self._view.delete(key, when=IfVersion(stale)))
         except PreconditionFailed:
             pass
         except StoreUnsupported:
@@ -115,7 +123,7 @@ class _Probe:
         else:
             return False
         try:
-            await self._view.delete(key, when=IfVersion(current))
+            await self._patiently(lambda: self._view.delete(key, when=IfVersion(current)))
         except PreconditionFailed:
             # It refuses both: as good as no conditional DELETE at all.
             return False
@@ -159,9 +167,23 @@ class _Probe:
                 raise error
             raise _unsupported(f"{_RACERS} concurrent PUTs with If-None-Match: *", "412 to all", "success to one")
 
+    async def _put(self, key: str, when: IfAbsent | IfVersion) -> Written:
+        body = self._body()
+        return await self._patiently(lambda: self._view.put(key, body, when=when))
+
+    async def _patiently(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Ask again when the store only wants it later: some allow one write a second to one key."""
+        for _ in range(_THROTTLED_TRIES):
+            try:
+                return await request()
+            except (Throttled, Conflict) as error:
+                wait_s = error.retry_after_s if isinstance(error, Throttled) else None
+                await self._clock.sleep(max(_THROTTLED_PAUSE_S, wait_s or 0.0))
+        return await request()
+
     async def _accepts(self, key: str, when: IfAbsent | IfVersion) -> bool:
         try:
-            written = await self._view.put(key, self._body(), when=when)
+            written = await self._put(key, when)
         except (PreconditionFailed, Conflict):
             return False
         return isinstance(written, Written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -21,6 +22,8 @@ from s3queue_async.storage.base import (
 )
 
 _Reply = TypeVar("_Reply")
+
+REWRITE_S = 1.5
 
 # Writes and reads have separate limits on S3 (3,500 and 5,500 a second and prefix); listings are charged apart, too.
 _Kind = Literal["reads", "writes", "lists"]
@@ -42,7 +45,7 @@ class RateLimit:
     def __init__(
         self,
         *,
-        rate_min: float = 0.5,
+        rate_min: float = 2.0,
         decrease: float = 0.5,
         increase_part: float = 0.05,
         recovered_factor: float = 2.0,
@@ -110,6 +113,8 @@ class ThrottledStorage:
         storage: The storage below.
         clock: Local time, and what waits on it.
         on_throttled: Called with the operation's name and the seconds that the next request has to wait.
+        urgent: Tells by its key whether a request may never be made to wait: a worker that slows down must still be
+            able to say that it lives.
         read_retries_max: How often a throttled read or listing is tried again.
     """
 
@@ -119,12 +124,15 @@ class ThrottledStorage:
         *,
         clock: Clock,
         on_throttled: Callable[[str, float], None] | None = None,
+        urgent: Callable[[str], bool] = lambda key: False,
         read_retries_max: int = 3,
     ) -> None:
         self._storage = storage
         self._clock = clock
         self._on_throttled = on_throttled
+        self._urgent = urgent
         self._read_retries_max = read_retries_max
+        self._written: OrderedDict[str, float] = OrderedDict()
         self._limits: dict[_Kind, RateLimit] = {
             "reads": RateLimit(),
             "writes": RateLimit(),
@@ -156,43 +164,56 @@ class ThrottledStorage:
         self, key: str, *, span: tuple[int, int] | None = None, unless: str | None = None
     ) -> Stored | Unmodified:
         """Read an object; see Storage.get."""
-        return await self._retry("reads", "get", lambda: self._storage.get(key, span=span, unless=unless))
+        return await self._retry("reads", "get", key, lambda: self._storage.get(key, span=span, unless=unless))
 
     async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
         """Write an object whole; see Storage.put."""
-        return await self._once("writes", "put", lambda: self._storage.put(key, body, when=when))
+        return await self._once("writes", "put", key, lambda: self._storage.put(key, body, when=when))
 
     async def delete(self, key: str, *, when: IfVersion | None = None) -> Deleted:
         """Delete an object; see Storage.delete."""
-        return await self._once("writes", "delete", lambda: self._storage.delete(key, when=when))
+        return await self._once("writes", "delete", key, lambda: self._storage.delete(key, when=when))
 
     async def delete_many(self, keys: Sequence[str]) -> Deleted:
         """Delete up to 1,000 objects; see Storage.delete_many."""
-        return await self._once("writes", "delete_many", lambda: self._storage.delete_many(keys))
+        return await self._once("writes", "delete_many", "", lambda: self._storage.delete_many(keys))
 
     async def list(self, prefix: str, *, after: str = "", limit: int = LIST_LIMIT_MAX) -> Page:
         """List keys in order; see Storage.list."""
-        return await self._retry("lists", "list", lambda: self._storage.list(prefix, after=after, limit=limit))
+        return await self._retry("lists", "list", prefix, lambda: self._storage.list(prefix, after=after, limit=limit))
 
-    async def _retry(self, kind: _Kind, operation: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
+    async def _retry(self, kind: _Kind, operation: str, key: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
         for _ in range(self._read_retries_max):
             try:
-                return await self._once(kind, operation, call)
+                return await self._once(kind, operation, key, call)
             except Throttled:
                 # The next round waits as long as the limit says.
                 continue
-        return await self._once(kind, operation, call)
+        return await self._once(kind, operation, key, call)
 
-    async def _once(self, kind: _Kind, operation: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
+    async def _once(self, kind: _Kind, operation: str, key: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
         limit = self._limits[kind]
         wait_s = limit.reserve(self._clock.monotonic())
-        if wait_s > 0:
+        if wait_s > 0 and not self._urgent(key):
             await self._clock.sleep(wait_s)
         began_s = self._clock.monotonic()
+        rewritten = kind == "writes" and self._is_rewrite(key, began_s)
         try:
             return await call()
         except Throttled as error:
-            wait_s = limit.complain(self._clock.monotonic(), began_s=began_s, retry_after_s=error.retry_after_s)
+            wait_s = 0.0
+            if not rewritten:
+                wait_s = limit.complain(self._clock.monotonic(), began_s=began_s, retry_after_s=error.retry_after_s)
             if self._on_throttled is not None:
                 self._on_throttled(operation, wait_s)
             raise
+
+    def _is_rewrite(self, key: str, now_s: float) -> bool:
+        """Whether this client wrote the key a moment ago: some stores allow about one write a second to one key, and
+        their complaint is about that key, not about the rate of everything else.
+        """
+        while self._written and next(iter(self._written.values())) < now_s - REWRITE_S:
+            self._written.popitem(last=False)
+        before = self._written.pop(key, None)
+        self._written[key] = now_s
+        return before is not None
