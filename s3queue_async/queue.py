@@ -172,7 +172,8 @@ class S3Queue(Generic[PayloadT]):
         async with AsyncExitStack() as stack:
             await self._storage.open()
             stack.push_async_callback(self._close_storage)
-            self._shared.conditional_delete = await open_queue(self._shared)
+            await open_queue(self._shared)
+            self.settings = self._shared.settings
             self._group = await stack.enter_async_context(anyio.create_task_group())
             await self._group.start(self._producer.run)
             self._group.start_soon(self._bus.run)

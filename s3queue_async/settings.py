@@ -91,7 +91,7 @@ RANGES: Mapping[str, _Range] = {
     "retain_completed": _Range(1, 10 * _YEAR, optional=True),
     "dedup_window": _Range(1, _YEAR),
     "segment_age": _Range(1, 60),
-    "claim_linger": _Range(0.2, 600),
+    "claim_linger": _Range(3, 600),
     "checkpoint_interval": _Range(0.05, _HOUR),
     "election_interval": _Range(0.1, _HOUR),
     "term_duration": _Range(1, 30 * _DAY),
@@ -168,6 +168,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise InvalidSettings(
                 f"poll_interval={self.poll_interval:g} is above max_poll_interval={self.max_poll_interval:g}.",
                 suggestion="Lower poll_interval or raise max_poll_interval.",
+            )
+        if self.claim_linger < self.segment_age + 2:
+            raise InvalidSettings(
+                f"claim_linger={self.claim_linger:g} is not well above segment_age={self.segment_age:g}: "
+                "it must be at least 2 seconds longer.",
+                suggestion="Otherwise nobody could tell a segment that was never written from one that was handled.",
             )
         if self.backoff_base > self.backoff_max:
             raise InvalidSettings(

@@ -41,6 +41,8 @@ PAGES_MAX = 10
 BLOCKED_MAX = 20_000
 QUEUED_BYTES_MAX = 64 * 1024 * 1024
 """Payload bytes that may wait in memory before the next segment is claimed."""
+CANDIDATES_STALE_S = 1.0
+"""How long a listing is gone by before the store is asked again whether something more urgent came."""
 OTHERS_AFTER_S = 0.5
 """How long a segment is left to the worker that ranking gives it to."""
 DELAYED_EVERY_S = 1.0
@@ -79,7 +81,7 @@ class Claimer:
         demand: Messages wanted beyond those that wait already or are being claimed.
         deliver: Takes each segment that was claimed.
         known: Names of segments that this worker holds or has just ended.
-        let_linger: Takes the key of a claim whose segment is gone.
+        let_linger: Takes the key of a segment that is gone: its claim is to follow.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Claimer:
         queued_bytes: Callable[[], int],
         deliver: Callable[[Held], None],
         known: Callable[[str], bool],
-        let_linger: Callable[[str], None],
+        let_linger: Callable[[SegmentKey], None],
         release: Callable[[Held], Awaitable[None]],
     ) -> None:
         self._shared = shared
@@ -383,7 +385,7 @@ class Claimer:
             blocked = self._blocked.get(name)
             if self._known(name) or name in self.claiming or (blocked is not None and blocked.look_at > now):
                 continue
-            if now - candidate.shown_at > self._shared.settings.claim_trust / 2:
+            if now - candidate.shown_at > min(CANDIDATES_STALE_S, self._shared.settings.claim_trust / 2):
                 continue
             self._start(group, candidate, None)
             return True
@@ -503,12 +505,12 @@ class Claimer:
     async def _admit(self, key: SegmentKey, claim: Claim, version: str, stored: Stored | None) -> Held | None:
         """Decide whether a claimed segment may be run; otherwise get rid of the claim."""
         if stored is None:
-            self._let_linger(key.claim)
+            self._let_linger(key)
             return None
         if segments.is_void(key.created_ms, stored.modified_s, self._shared.settings.segment_age):
             self._shared.bus.emit(SegmentVoided(key=key.text))
             await self._shared.storage.delete(key.text)
-            self._let_linger(key.claim)
+            self._let_linger(key)
             return None
         try:
             segment = segments.decode(key.text, stored.body)
@@ -610,7 +612,13 @@ class Claimer:
         if reading.error is not None:
             raise reading.error
         if reading.stored is None:
-            self._let_linger(key.claim)
+            self._let_linger(key)
+            return None
+        if reading.stored.modified_s > claim.modified_s:
+            # Written after the last word about it, by a request that came late: what it says was handled already.
+            self._shared.bus.emit(SegmentVoided(key=key.text))
+            await self._shared.storage.delete(key.text)
+            self._let_linger(key)
             return None
         segment = segments.decode(key.text, reading.stored.body)
         taken = take(segment.index)
@@ -662,7 +670,7 @@ class Claimer:
             log.warning("setting an object aside failed", key=key.text, error=str(failure))
             self._block(key.name, LOOK_AGAIN_S)
             return
-        self._let_linger(key.claim)
+        self._let_linger(key)
         self._report(key.text, error.reason, copy)
 
     async def _quarantine(self, key: str, body: bytes) -> str:

@@ -59,6 +59,7 @@ class Feed:
             self._held.remove(held)
         if self._alone is held and held.running == 0:
             self._alone = None
+        self._alone_since = None
         self.wake(1)
 
     def take(self) -> tuple[Held, int] | None:

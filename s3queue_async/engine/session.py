@@ -93,6 +93,7 @@ class Session:
         self._rate_at = shared.clock.monotonic()
         self._rate_done = 0
         self._changed = Wakeup()
+        self._delivered = Wakeup()
         self._registered = anyio.Event()
         self._over = anyio.Event()
         self._scope = anyio.CancelScope()
@@ -307,7 +308,7 @@ class Session:
     # -- what is held --------------------------------------------------------------------------------------------
 
     def _deliver(self, held: Held) -> None:
-        self.held[held.name] = held
+        self._hold(held)
         if self.shared.bus.wants(MessageClaimed.name):
             for index in held.waiting:
                 record = held.index.records[index]
@@ -321,6 +322,10 @@ class Session:
         if held.waiting:
             self.feed.add(held)
 
+    def _hold(self, held: Held) -> None:
+        self.held[held.name] = held
+        self._delivered.set()
+
     def _on_end(self, held: Held) -> None:
         self.feed.remove(held)
         if self.held.pop(held.name, None) is None:
@@ -328,7 +333,8 @@ class Session:
         if len(self._ended) > ENDED_MAX:
             self._ended = dict(list(self._ended.items())[ENDED_MAX // 2 :])
         if held.lost is None:
-            self._ended[held.name] = self.shared.clock.monotonic()
+            if not held.giving_back:
+                self._ended[held.name] = self.shared.clock.monotonic()
         else:
             ids = held.message_ids()
             self.shared.bus.emit(LeaseLostEvent(worker_id=self.worker_id, message_ids=ids, reason=held.lost))
@@ -341,7 +347,7 @@ class Session:
         return ended_at is not None and self.shared.clock.monotonic() - ended_at < self.shared.settings.claim_linger
 
     def _vitals(self) -> Vitals:
-        names = {*self.held, *self.claimer.claiming}
+        names = {*self.held, *self.claimer.claiming, *self.settler.revivable()}
         return Vitals(self.capacity, self.feed.running, sorted(names), self.counters)
 
     async def finish_orphan(self, key: SegmentKey) -> None:
@@ -349,7 +355,7 @@ class Session:
         held = await self.claimer.claim_one(key)
         if held is None:
             return
-        self.held[held.name] = held
+        self._hold(held)
         if held.complete:
             self.settler.submit(held)
         else:
@@ -359,7 +365,7 @@ class Session:
         """Claim one segment for work that is no handler's (redrive, purge); None when it is somebody else's."""
         held = await self.claimer.claim_one(key)
         if held is not None:
-            self.held[held.name] = held
+            self._hold(held)
         return held
 
     # -- upkeep --------------------------------------------------------------------------------------------------
@@ -367,6 +373,8 @@ class Session:
     async def _tick(self) -> None:
         clock = self.shared.clock
         while True:
+            while not self.held:
+                await self._delivered.wait()
             now = clock.monotonic()
             for held in list(self.held.values()):
                 if held.lost is None:
@@ -375,7 +383,9 @@ class Session:
                         self.settler.submit(held)
             for callback in self.on_tick:
                 callback(now)
-            self.feed.wake(1)
+            if self.feed.queued:
+                # One that may run alone by now, or that waited for the lease to be renewed.
+                self.feed.wake(1)
             await clock.sleep(TICK_S)
 
     def _split(self, held: Held, now: float) -> None:

@@ -31,13 +31,20 @@ from s3queue_async.wakeup import Wakeup
 LANES = 16
 """Segments that are settled at a time."""
 DELETE_BATCH_MAX = 250
-LINGER_BATCH_MAX = 1000
+LINGER_BATCH_MAX = 500
 MOVES_AT_ONCE = 8
 FLUSH_MOVES_AFTER_S = 1.0
 """How long a retry may wait in memory so that others of its segment share its new one."""
 DUE_GRAIN_S = 0.1
 DUE_GRAIN_PART = 0.1
 REST_S = 0.5
+
+
+class _Lingering(msgspec.Struct, frozen=True):
+    until: float
+    claim_key: str
+    revivable: str = ""
+    name: str = ""
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -72,7 +79,7 @@ class Settler:
         self._dedup = Deduplicator(shared)
         self._queue: deque[Held] = deque()
         self._arrived = Wakeup()
-        self._linger: deque[tuple[float, str]] = deque()
+        self._linger: deque[_Lingering] = deque()
         self.keep_done = shared.settings.retain_completed is not None
         self.completed = 0
 
@@ -136,19 +143,36 @@ class Settler:
     async def sweep_linger(self, *, all_of_them: bool = False) -> None:
         """Delete claims whose segments have been gone for long enough (or all: when no other worker exists)."""
         now = self._shared.clock.monotonic()
-        while self._linger and (all_of_them or self._linger[0][0] <= now):
-            keys: list[str] = []
-            while self._linger and len(keys) < LINGER_BATCH_MAX and (all_of_them or self._linger[0][0] <= now):
-                keys.append(self._linger.popleft()[1])
+        while self._linger and (all_of_them or self._linger[0].until <= now):
+            batch: list[_Lingering] = []
+            while self._linger and len(batch) < LINGER_BATCH_MAX and (all_of_them or self._linger[0].until <= now):
+                batch.append(self._linger.popleft())
+            # A request of its producer that came late may have brought a young segment back: it goes first.
+            keys = [item.revivable for item in batch if item.revivable] + [item.claim_key for item in batch]
             try:
                 await self._delete(keys)
             except (StoreUnavailable, Throttled):
-                self._linger.extendleft((now, key) for key in reversed(keys))
+                self._linger.extendleft(reversed(batch))
                 raise
 
-    def let_linger(self, claim_key: str) -> None:
-        """Delete a claim later: its segment is gone since this moment or longer."""
-        self._linger.append((self._shared.clock.monotonic() + self._shared.settings.claim_linger, claim_key))
+    def let_linger(self, key: SegmentKey | str) -> None:
+        """Delete a claim later: its segment is gone since this moment or longer.
+
+        Args:
+            key: The segment's; or the claim's, when the segment was too old to come back.
+        """
+        until = self._shared.clock.monotonic() + self._shared.settings.claim_linger
+        if isinstance(key, str):
+            self._linger.append(_Lingering(until, key))
+            return
+        # A write that was repeated on its way may still land, and would count, until its key is too old.
+        age_s = self._shared.time.earliest() - key.created_ms / 1000
+        young = age_s < self._shared.settings.segment_age + self._shared.settings.lease_margin
+        self._linger.append(_Lingering(until, key.claim, key.text if young else "", key.name if young else ""))
+
+    def revivable(self) -> list[str]:
+        """Names of ended segments that a late write may bring back: nobody may take them for abandoned."""
+        return [item.name for item in self._linger if item.name]
 
     @property
     def lingering(self) -> int:
@@ -451,7 +475,7 @@ class Settler:
 
     def _ended(self, held: Held) -> None:
         held.ended = True
-        self.let_linger(held.key.claim)
+        self.let_linger(held.key)
         self._on_end(held)
 
 

@@ -209,8 +209,10 @@ class ThrottledStorage:
             raise
 
     def _is_rewrite(self, key: str, now_s: float) -> bool:
-        """Whether this client wrote the key a moment ago: some stores allow about one write a second to one key, and
-        their complaint is about that key, not about the rate of everything else.
+        """Whether this client wrote the key a moment ago.
+
+        Some stores allow about one write a second to one key; their complaint is about that key, not about the rate
+        of everything else.
         """
         while self._written and next(iter(self._written.values())) < now_s - REWRITE_S:
             self._written.popitem(last=False)

@@ -121,14 +121,14 @@ def test_waiting_in_line() -> None:
 
 
 def test_the_rate_has_a_floor() -> None:
-    """However often the store complains, a request every two seconds gets through."""
+    """However often the store complains, two requests a second get through."""
     limit = RateLimit()
     now_s = 0.0
     for _ in range(100):
         now_s += limit.reserve(now_s) + 0.001
         limit.complain(now_s, began_s=now_s)
-    assert limit.rate(now_s) == 0.5
-    assert limit.reserve(now_s) <= 2.0
+    assert limit.rate(now_s) == 2.0
+    assert limit.reserve(now_s) <= 0.5
 
 
 async def test_writes_pass_the_complaint_on(memory: MemoryStorage, faulty: FaultyStorage) -> None:

@@ -1,0 +1,243 @@
+"""Workers that are lost: others take over in time, and a message that kills its worker is found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import anyio
+import pytest
+
+from s3queue_async import Context, Settings
+from s3queue_async.storage.base import Storage
+from s3queue_async.testing.faults import FaultyStorage
+from tests.unit.queue.bed import Bed, Seen, eventually, virtual
+
+TTL_S, MARGIN_S, POLL_S = 30.0, 2.0, 5.0
+
+
+class Killable:
+    """A worker that can be lost as a killed process is: from one moment on it reaches nothing, and runs nothing."""
+
+    def __init__(self, bed: Bed, handler: Any, **options: Any) -> None:
+        self.faults: FaultyStorage
+        self.storage: Storage
+        self.storage, self.faults = bed.lane()
+        self.bed = bed
+        self.options = options
+        self.handler = handler
+        self.dead = anyio.Event()
+        self.ready = anyio.Event()
+
+    async def run(self) -> None:
+        """Work until it is killed."""
+        with anyio.CancelScope() as scope:
+            self.scope = scope
+            async with self.bed.queue(storage=self.storage, on_message=self.handler, **self.options) as queue:
+                await queue.start_processing()
+                self.ready.set()
+                await anyio.sleep_forever()
+
+    def kill(self) -> None:
+        """From now on nothing leaves this worker, and what it ran is over."""
+        self.faults.unavailable(retriable=False)
+        self.dead.set()
+        self.scope.cancel()
+
+
+@virtual
+async def test_a_lost_worker_is_taken_over_in_time() -> None:
+    """What a killed worker held runs again elsewhere within TTL + margin + one poll, and not before TTL - interval."""
+    bed = Bed()
+    started, taken = Seen(), Seen()
+
+    async def hang(payload: int) -> None:
+        started(payload)
+        await anyio.sleep_forever()
+
+    async def handler(payload: int, context: Context) -> None:
+        taken((payload, context.attempt, context.token, anyio.current_time()))
+
+    worker = Killable(bed, hang, concurrency=5)
+    async with anyio.create_task_group() as group:
+        group.start_soon(worker.run)
+        await worker.ready.wait()
+        async with bed.queue(on_message=handler) as queue:
+            await anyio.sleep(1)
+            await queue.stop_processing()
+            await queue.enqueue_many(range(5))
+            await started.count(5)
+            await queue.start_processing()
+            await anyio.sleep(3)
+            killed_at = anyio.current_time()
+            worker.kill()
+            items = await taken.count(5)
+            await anyio.sleep(10)
+    assert sorted(payload for payload, *_ in items) == list(range(5))
+    assert {(attempt, token) for _, attempt, token, _ in items} == {(1, 2)}
+    for *_, at in items:
+        assert TTL_S - 10 - MARGIN_S <= at - killed_at <= TTL_S + MARGIN_S + POLL_S + 1
+    assert [key for key in await bed.leftovers() if not key.startswith("claims/")] == []
+
+
+@virtual
+async def test_a_worker_that_left_is_taken_over_at_once() -> None:
+    """A claim whose owner has no heartbeat is free for the taking, without waiting for any lease."""
+    bed = Bed()
+    taken = Seen()
+
+    async def handler(payload: int) -> None:
+        taken(payload)
+
+    async with bed.queue() as producer:
+        await producer.enqueue("x")
+        (message,) = await producer.receive()
+        (heartbeat,) = await bed.keys("plugin/workers/")
+        await bed.memory.delete(heartbeat)
+        async with bed.queue(on_message=handler):
+            with anyio.fail_after(10):
+                await taken.count(1)
+        assert message.payload == "x"
+
+
+@pytest.mark.parametrize("max_attempts", [2, 3])
+@virtual
+async def test_poison(max_attempts: int) -> None:
+    """A message that kills its worker is alone a dead letter after max_attempts; its neighbours pay no attempt.
+
+    The first death is charged to nobody, because the messages ran side by side; from then on they run alone, and the
+    message that dies again pays for both.
+    """
+    bed = Bed()
+    handled: Counter[int] = Counter()
+    attempts: dict[int, list[int]] = {}
+    deaths = 0
+    settings = Settings(coordinator=False, max_attempts=max_attempts)
+    poisoned = anyio.Event()
+    current: list[Killable] = []
+
+    async def handler(payload: int, context: Context) -> None:
+        await anyio.sleep(0.1)
+        attempts.setdefault(payload, []).append(context.attempt)
+        if payload == 7:
+            poisoned.set()
+            current[-1].kill()
+            await anyio.sleep_forever()
+        handled[payload] += 1
+
+    async with bed.queue(settings=settings) as producer:
+        await producer.enqueue_many(range(20))
+        async with anyio.create_task_group() as group:
+            for _ in range(max_attempts + 1):
+                poisoned = anyio.Event()
+                worker = Killable(bed, handler, settings=settings, concurrency=4)
+                current.append(worker)
+                group.start_soon(worker.run)
+                with anyio.move_on_after(150):
+                    await worker.dead.wait()
+                if not worker.dead.is_set():
+                    break
+                deaths += 1
+            letters = await eventually(producer.dead_letters.list)
+            worker.scope.cancel()
+    assert deaths == max_attempts
+    (letter,) = letters
+    assert (letter.payload, letter.attempts) == (7, max_attempts)
+    assert letter.error.startswith("WorkerLost")
+    assert set(handled) == set(range(20)) - {7}
+    assert {attempt for payload, seen in attempts.items() if payload != 7 for attempt in seen} == {1}
+    # Only what the first worker ran and had not recorded when it died may have been handled twice.
+    assert {payload for payload, times in handled.items() if times > 1} <= set(range(7 + 4))
+    assert max(handled.values()) <= 2
+
+
+@virtual
+async def test_a_worker_that_was_cut_off_comes_back_under_a_new_id() -> None:
+    """Cut off past its lease: handlers are cancelled and told, another worker finishes, the first one starts anew."""
+    bed = Bed()
+    events = Seen()
+    told, done = Seen(), Seen()
+
+    async def long(payload: int, context: Context) -> None:
+        try:
+            await anyio.sleep(200)
+        except anyio.get_cancelled_exc_class():
+            told(context.lease_lost.is_set())
+            raise
+
+    async def quick(payload: int, context: Context) -> None:
+        done(context.token)
+
+    store, faults = bed.lane()
+    async with bed.queue(storage=store, on_message=long) as queue:
+        queue.on("lease.lost", events)
+        await anyio.sleep(1)
+        first = queue.worker_id
+        message_id = await queue.enqueue(1)
+        await anyio.sleep(1)
+        fault = faults.unavailable()
+        await told.count(1)
+        async with bed.queue(on_message=quick):
+            await done.count(1)
+        faults.remove(fault)
+        await anyio.sleep(40)
+        assert queue.worker_id not in (None, first)
+        assert queue.health().ready
+    assert told.items == [True]
+    assert done.items == [2]
+    assert message_id in {one for event in events.items for one in event.message_ids}
+    assert await bed.live() == {}
+
+
+@virtual
+async def test_a_settlement_left_half_done_is_finished() -> None:
+    """A worker lost after it decided its moves and before it wrote them: whoever comes writes them, exactly once."""
+    bed = Bed()
+    done = Seen()
+
+    async def fail(payload: int) -> None:
+        raise OSError(f"no {payload}")
+
+    async def handler(payload: int, context: Context) -> None:
+        done((payload, context.attempt))
+
+    worker = Killable(bed, fail, concurrency=10)
+    gate = worker.faults.hold("put", key="delayed/*", times=None)
+    async with bed.queue() as producer, anyio.create_task_group() as group:
+        await producer.enqueue_many(range(10))
+        group.start_soon(worker.run)
+        await gate.reached.wait()
+        worker.kill()
+        async with bed.queue(on_message=handler):
+            items = await done.count(10)
+            await anyio.sleep(5)
+    assert sorted(items) == [(number, 2) for number in range(10)]
+    assert await bed.live() == {}
+
+
+@virtual
+async def test_a_slow_batch_spreads() -> None:
+    """64 jobs of 1 s in one segment, four workers of concurrency 4: done within 7 s of the first start."""
+    bed = Bed(latency_s=0.02)
+    times = Seen()
+    who: Counter[str] = Counter()
+
+    async def job(payload: int, context: Context) -> None:
+        who[context.worker_id] += 1
+        times(anyio.current_time())
+        await anyio.sleep(1)
+        times(anyio.current_time())
+
+    async with (
+        bed.queue(on_message=job, concurrency=4) as queue,
+        bed.queue(on_message=job, concurrency=4),
+        bed.queue(on_message=job, concurrency=4),
+        bed.queue(on_message=job, concurrency=4),
+    ):
+        await anyio.sleep(5)
+        await queue.enqueue_many(range(64))
+        seen = await times.count(128)
+        await anyio.sleep(5)
+    assert max(seen) - min(seen) <= 7
+    assert sum(who.values()) == 64
+    assert len(who) == 4
