@@ -60,7 +60,7 @@ class Recovery:
         self._known = known
         self._let_linger = let_linger
         self._takeover = takeover
-        self._lingering: set[str] = set()
+        self._lingering: dict[str, float] = {}
         self._probes = PluginStorage(shared.storage, PROBE_NAMESPACE, ttl_s=PROBE_OVER_S)
         self._probes_swept = False
 
@@ -96,8 +96,9 @@ class Recovery:
 
     async def _sweep_claims(self, workers: Iterable[str]) -> None:
         """Claims whose segment is gone and whose owner cannot delete them, and orphans that no listing shows."""
-        if len(self._lingering) > CLAIMS_PER_SWEEP_MAX:
-            self._lingering.clear()
+        # Only until it should be gone: a claim of that name may land once more.
+        now = self._shared.clock.monotonic()
+        self._lingering = {key: until for key, until in self._lingering.items() if until > now}
         settings = self._shared.settings
         old_s = max(settings.visibility_timeout, settings.claim_linger) + settings.lease_margin
         after, seen, looks = layout.CLAIMS, 0, 0
@@ -139,7 +140,7 @@ class Recovery:
         try:
             await self._shared.storage.get(key.text, span=(0, 1))
         except NotFound:
-            self._lingering.add(entry.key)
+            self._lingering[entry.key] = self._shared.clock.monotonic() + 2 * self._shared.settings.claim_linger
             self._let_linger(entry.key)
             return
         if key.place is Place.DEAD:
