@@ -44,6 +44,7 @@ SPLIT_PIECES_MAX = 16
 SPLIT_EARLY_PART = 0.25
 """The part of ``split_after`` after which a segment is shared out early when it would clearly take longer."""
 ENDED_MAX = 20_000
+KNOWN_LINGERS = 3
 FAREWELL_S = 5.0
 
 
@@ -344,7 +345,9 @@ class Session:
         if name in self.held:
             return True
         ended_at = self._ended.get(name)
-        return ended_at is not None and self.shared.clock.monotonic() - ended_at < self.shared.settings.claim_linger
+        # Longer than its claim lingers: until the sweep that deletes the claim, a late write may bring it back.
+        known_for_s = KNOWN_LINGERS * self.shared.settings.claim_linger
+        return ended_at is not None and self.shared.clock.monotonic() - ended_at < known_for_s
 
     def _vitals(self) -> Vitals:
         names = {*self.held, *self.claimer.claiming, *self.settler.revivable()}
