@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from s3queue_async.engine.producer import Entry
+from s3queue_async.engine.producer import Entry, Options
 from s3queue_async.engine.shared import StoreTime
 from s3queue_async.errors import InvalidPayload, InvalidPriority, InvalidSettings, MessageTooLarge
 from s3queue_async.protocol import layout
@@ -47,11 +47,11 @@ class Intake:
     def options(
         self,
         priority: int,
-        dedup_id: str | None,
         headers: Mapping[str, str] | None,
         max_attempts: int | None,
         expires_in: float | timedelta | None,
-    ) -> dict[str, Any]:
+    ) -> Options:
+        """What is the same for all messages of one call, checked."""
         _check_priority(priority)
         if max_attempts is not None:
             whole_number("max_attempts", max_attempts, 1, 10_000)
@@ -61,14 +61,10 @@ class Intake:
             if not 0 < expires_s <= DELAY_MAX_S:
                 raise InvalidSettings(f"expires_in={expires_in!r} is out of range: above 0, up to ten years.")
             expires_ms = self._time.now_ms() + int(expires_s * 1000)
-        return {
-            "max_attempts": max_attempts,
-            "expires_ms": expires_ms,
-            "dedup_id": None if dedup_id is None else checked_dedup_id(dedup_id),
-            "headers": _checked_headers(headers),
-        }
+        return Options(max_attempts, expires_ms, _checked_headers(headers))
 
-    def entry(self, payload: Any, options: dict[str, Any]) -> Entry:
+    def entry(self, payload: Any, options: Options, dedup_id: str | None = None) -> Entry:
+        """A message ready to be written, its payload checked and encoded."""
         kind = self._payload_type
         if self._instances_only and not isinstance(payload, kind):
             raise InvalidPayload(
@@ -91,7 +87,7 @@ class Intake:
             raise MessageTooLarge(
                 f"The payload has {len(body):,} bytes; message_bytes_max allows {self._message_bytes_max:,}."
             )
-        return Entry(body, codec, **options)
+        return Entry(body, codec, options, None if dedup_id is None else checked_dedup_id(dedup_id))
 
     def due_ms(self, delay: float | timedelta | None, deliver_at: datetime | None) -> int:
         if delay is not None and deliver_at is not None:

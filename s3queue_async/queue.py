@@ -20,7 +20,7 @@ from s3queue_async.clock import Clock, SystemClock
 from s3queue_async.dead_letters import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, DeadLetters
 from s3queue_async.engine.config import open_queue
 from s3queue_async.engine.inspector import Inspector
-from s3queue_async.engine.producer import OrderedWrites, Producer
+from s3queue_async.engine.producer import BulkWriter, Producer
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.shared import Shared, TimedStorage
 from s3queue_async.errors import (
@@ -33,7 +33,7 @@ from s3queue_async.errors import (
     Throttled,
 )
 from s3queue_async.events import Event, EventBus, MessageCompleted, MessageDead, MessageRetry, StoreThrottled
-from s3queue_async.intake import Intake, checked_dedup_id
+from s3queue_async.intake import Intake
 from s3queue_async.log import log
 from s3queue_async.message import (
     CompletedMessage,
@@ -56,7 +56,6 @@ from s3queue_async.worker import Handler, HandlerFunction, Worker, payload_decod
 
 URL_VARIABLE = "S3QUEUE_URL"
 BACKLOG_LOOK_S = 1.0
-ENQUEUE_MANY_BATCHES = 8
 RESTART_PAUSE_MAX_S = 30.0
 LIVE_WITHIN_S = 30.0
 
@@ -333,8 +332,8 @@ class S3Queue(Generic[PayloadT]):
         """
         self._require_open()
         due_ms = self._intake.due_ms(delay, deliver_at)
-        options = self._intake.options(priority, dedup_id, headers, max_attempts, expires_in)
-        entry = self._intake.entry(payload, options)
+        options = self._intake.options(priority, headers, max_attempts, expires_in)
+        entry = self._intake.entry(payload, options, dedup_id)
         if self.settings.max_pending is not None:
             await self._check_room(1)
         return await self._producer.enqueue(entry, priority, due_ms)
@@ -369,18 +368,19 @@ class S3Queue(Generic[PayloadT]):
         if isinstance(dedup_id, str):
             raise InvalidSettings("dedup_id of enqueue_many must be a function from payload to id, not one id for all.")
         due_ms = self._intake.due_ms(delay, deliver_at)
-        options = self._intake.options(priority, None, headers, max_attempts, expires_in)
-        writes = OrderedWrites(ENQUEUE_MANY_BATCHES * self.settings.segment_messages_max)
+        options = self._intake.options(priority, headers, max_attempts, expires_in)
+        make = self._intake.entry
+        writes = BulkWriter(self._producer, priority, due_ms)
         limited = self.settings.max_pending is not None
 
         async def add(payload: PayloadT) -> None:
-            entry = self._intake.entry(payload, options)
-            if dedup_id is not None:
-                entry.dedup_id = checked_dedup_id(dedup_id(payload))
+            entry = make(payload, options, None if dedup_id is None else dedup_id(payload))
             if limited:
                 await self._check_room(1)
-            if writes.follow(*await self._producer.add(entry, priority, due_ms)):
-                await writes.settle()
+            if dedup_id is not None:
+                await writes.append_once(entry)
+            elif writes.append(entry):
+                await writes.turn()
 
         try:
             if isinstance(payloads, AsyncIterable):

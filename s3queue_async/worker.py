@@ -249,8 +249,11 @@ class Worker:
 
     async def run_one(self, session: Session, slot: Slot, held: Held, index: int) -> bool:
         """Run the handler on one message and settle its outcome; says whether it had to wait for anything."""
-        attempts = held.attempts(index)
-        failure = refused(session, held, index, attempts)
+        record = held.index.records[index]
+        attempts = held.attempts(index) if held.isolated else record.attempts
+        failure = None
+        if attempts or record.expires_ms is not None:
+            failure = refused(session, held, index, attempts)
         if failure is not None:
             session.feed.done(held)
             session.dead(held, index, attempts=attempts, failure=failure)

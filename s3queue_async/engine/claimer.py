@@ -143,6 +143,9 @@ class Claimer:
 
     def offer(self, key: SegmentKey, index: segments.Index, payloads: Sequence[bytes], *, shown_at: float) -> bool:
         """Claim a segment that this process has just written, if there is demand; False when it is left for a look."""
+        if self._known(key.name) or key.name in self.claiming:
+            # A listing was faster than the reply to its writer.
+            return False
         wanted = self._demand() > 0 and not self._candidates and not self._stopped and self._lease.trusted
         if self._group is None or not wanted or len(self.claiming) >= CLAIMS_AT_ONCE:
             self.notice()
@@ -586,6 +589,9 @@ class Claimer:
         except CorruptObject as error:
             return await self._replace_corrupt(key, stored, error)
         crashed = False
+        if claim.owner == self._lease.worker_id and self._known(key.name):
+            self._blocked.pop(key.name, None)
+            return None
         if claim.owner and claim.owner != self._lease.worker_id:
             peer = await self._registry.owner(claim.owner)
             if peer is None:

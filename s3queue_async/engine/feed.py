@@ -90,7 +90,7 @@ class Feed:
         if self._alone is held:
             self._alone = None
             self.wake(len(self._takers))
-        elif self.running == 0 and self._held:
+        elif self.running == 0 and self._held and self._held[0].isolated:
             self.wake(1)
 
     async def wait(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import anyio
+import msgspec
 from anyio.abc import TaskGroup, TaskStatus
 
 from s3queue_async.engine.dedup import Deduplicator, Reservation
@@ -27,32 +28,31 @@ WRITES_MAX = 32
 """Segments of all lanes that are written at a time."""
 LANE_BACKLOG_MAX = 4
 """Full batches that wait for a write before ``enqueue`` waits for room."""
+BULK_BATCHES_MAX = 8
+"""Segments of one ``enqueue_many`` that are undecided before more payloads are taken."""
 DECIDE_WITHIN_S = 60.0
 """How long an enqueue goes on trying while the store does not answer."""
 RECORD_OVERHEAD_BYTES = 96
 
 
+class Options(msgspec.Struct, frozen=True):
+    """What several messages have in common."""
+
+    max_attempts: int | None = None
+    expires_ms: int | None = None
+    headers: dict[str, str] | None = None
+
+
 class Entry:
     """A message on its way into a segment."""
 
-    __slots__ = ("codec", "dedup_id", "expires_ms", "headers", "id", "max_attempts", "payload", "reservation")
+    __slots__ = ("codec", "dedup_id", "id", "options", "payload", "reservation")
 
-    def __init__(
-        self,
-        payload: bytes,
-        codec: int,
-        *,
-        max_attempts: int | None,
-        expires_ms: int | None,
-        dedup_id: str | None,
-        headers: dict[str, str] | None,
-    ) -> None:
+    def __init__(self, payload: bytes, codec: int, options: Options, dedup_id: str | None = None) -> None:
         self.payload = payload
         self.codec = codec
-        self.max_attempts = max_attempts
-        self.expires_ms = expires_ms
+        self.options = options
         self.dedup_id = dedup_id
-        self.headers = headers
         self.id = ""
         self.reservation: Reservation | None = None
 
@@ -93,49 +93,68 @@ class _Lane:
         return batch
 
 
-class OrderedWrites:
-    """The ids of many messages in the order in which they were added, whatever order their batches end in.
+class BulkWriter:
+    """Writes many messages of one lane in whole segments; ids come in the order of the messages.
 
     Args:
-        window: Messages whose outcome is awaited before more are taken.
+        producer: What writes.
+        priority, due_ms: The lane.
     """
 
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._open: deque[tuple[Entry, Batch]] = deque()
+    def __init__(self, producer: Producer, priority: int, due_ms: int) -> None:
+        self._producer = producer
+        self._priority = priority
+        self._due_ms = due_ms
+        self._messages_max = producer.segment_messages_max
+        self._bytes_max = producer.segment_bytes_max
+        self._batch = Batch(priority, due_ms)
+        self._open: deque[tuple[Sequence[Entry], Batch]] = deque()
         self._ids: list[str] = []
 
-    def follow(self, entry: Entry, batch: Batch) -> bool:
-        """Follow one more message; True when it is time to ``settle`` before more are taken."""
-        self._open.append((entry, batch))
-        return len(self._open) >= 2 * self._window
+    def append(self, entry: Entry) -> bool:
+        """Take one more message; True when it is time to ``turn``. For messages without a deduplication id."""
+        batch = self._batch
+        batch.entries.append(entry)
+        batch.size += len(entry.payload) + RECORD_OVERHEAD_BYTES
+        return len(batch.entries) >= self._messages_max or batch.size >= self._bytes_max
 
-    async def settle(self) -> None:
-        """Wait until no more than the window is undecided. Raises what a batch failed with."""
-        await self._settle(self._window)
+    async def append_once(self, entry: Entry) -> None:
+        """Take a message with a deduplication id: it goes its own way, in its turn."""
+        await self.turn()
+        entry, batch = await self._producer.add(entry, self._priority, self._due_ms)
+        self._open.append(((entry,), batch))
+
+    async def turn(self) -> None:
+        """Send what is complete; waits while too much is undecided. Raises what an earlier segment failed with."""
+        batch = self._batch
+        if batch.entries:
+            self._batch = Batch(self._priority, self._due_ms)
+            await self._producer.submit(batch)
+            self._open.append((batch.entries, batch))
+        await self._settle(BULK_BATCHES_MAX)
 
     async def finish(self) -> list[str]:
         """All ids, once everything is durable."""
+        await self.turn()
         await self._settle(0)
         return self._ids
 
     async def ids_written(self) -> list[str]:
         """The ids of what is durable, once everything is decided, failures included."""
-        for entry, batch in self._open:
+        for entries, batch in self._open:
             await batch.done.wait()
             if batch.error is None:
-                self._ids.append(entry.id)
+                self._ids += [entry.id for entry in entries]
         self._open.clear()
         return self._ids
 
     async def _settle(self, keep: int) -> None:
-        while len(self._open) > keep:
-            entry, batch = self._open[0]
-            if not batch.done.is_set():
-                await batch.done.wait()
+        while self._open and (len(self._open) > keep or self._open[0][1].done.is_set()):
+            entries, batch = self._open[0]
+            await batch.done.wait()
             if batch.error is not None:
                 raise batch.error
-            self._ids.append(entry.id)
+            self._ids += [entry.id for entry in entries]
             self._open.popleft()
 
 
@@ -184,6 +203,14 @@ class Producer:
                     self._forget(batch.entries, len(batch.entries))
                     batch.done.set()
         self._lanes.clear()
+
+    @property
+    def segment_messages_max(self) -> int:
+        return self._shared.settings.segment_messages_max
+
+    @property
+    def segment_bytes_max(self) -> int:
+        return self._shared.settings.segment_bytes_max
 
     @property
     def unwritten(self) -> int:
@@ -245,10 +272,26 @@ class Producer:
             self._by_dedup_id[entry.dedup_id] = (entry, batch)
         if len(batch.entries) >= settings.segment_messages_max or batch.size >= settings.segment_bytes_max:
             self._seal(lane)
+        self._see_to(lane, group, (priority, due_ms))
+        return entry, batch
+
+    async def submit(self, batch: Batch) -> None:
+        """Have a whole batch written; waits for room. Its messages have no deduplication ids."""
+        place = batch.priority, batch.due_ms
+        lane = self._lane(*place)
+        while len(lane.full) >= LANE_BACKLOG_MAX:
+            await lane.room.wait()
+            lane = self._lane(*place)
+        group = self._require_open()
+        self._unwritten += len(batch.entries)
+        lane.full.append(batch)
+        self._see_to(lane, group, place)
+
+    def _see_to(self, lane: _Lane, group: TaskGroup, place: tuple[int, int]) -> None:
+        """Have somebody write what waits in a lane: one for the open batch, more for full ones."""
         if lane.pumps == 0 or (lane.full and lane.pumps < LANE_WRITES_MAX):
             lane.pumps += 1
-            group.start_soon(self._pump, lane, (priority, due_ms))
-        return entry, batch
+            group.start_soon(self._pump, lane, place)
 
     def _require_open(self) -> TaskGroup:
         if self._closed or self._group is None:
@@ -338,7 +381,7 @@ class Producer:
                 key, made_at = self._new_key(batch), shared.clock.monotonic()
                 if any(entry.reservation is not None for entry in batch.entries):
                     continue
-            index = segments.Index([_record(entry, enqueued_ms) for entry in batch.entries], batch.priority)
+            index = segments.Index(_records(batch.entries, enqueued_ms), batch.priority)
             payloads = [entry.payload for entry in batch.entries]
             sent_at = shared.clock.monotonic()
             fate = await put_segment(
@@ -394,19 +437,25 @@ class Producer:
         return give_up
 
 
-def _record(entry: Entry, enqueued_ms: int) -> segments.Record:
-    return segments.Record(
-        entry.id,
-        enqueued_ms,
-        len(entry.payload),
-        entry.codec,
-        0,
-        0,
-        entry.max_attempts,
-        entry.expires_ms,
-        entry.dedup_id,
-        entry.headers,
-    )
+def _records(entries: Sequence[Entry], enqueued_ms: int) -> list[segments.Record]:
+    records = []
+    for entry in entries:
+        options = entry.options
+        records.append(
+            segments.Record(
+                entry.id,
+                enqueued_ms,
+                len(entry.payload),
+                entry.codec,
+                0,
+                0,
+                options.max_attempts,
+                options.expires_ms,
+                entry.dedup_id,
+                options.headers,
+            )
+        )
+    return records
 
 
 def _copy(error: QueueError) -> QueueError:

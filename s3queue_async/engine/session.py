@@ -48,6 +48,15 @@ KNOWN_LINGERS = 3
 FAREWELL_S = 5.0
 
 
+class Tally:
+    """Counts as it goes."""
+
+    __slots__ = ("completed", "dead", "failed", "retried")
+
+    def __init__(self) -> None:
+        self.completed = self.retried = self.failed = self.dead = 0
+
+
 class Session:
     """Holds segments under one lease until it is drained, or the lease is lost.
 
@@ -86,7 +95,7 @@ class Session:
             takeover=self,
         )
         self.held: dict[str, Held] = {}
-        self.counters = Counters()
+        self._tally = Tally()
         self.wanted_by_receivers = 0
         self.on_tick: list[Callable[[float], None]] = []
         self._ended: dict[str, float] = {}
@@ -199,6 +208,12 @@ class Session:
         self.shared.bus.emit(WorkerStopped(worker_id=self.worker_id, reason=reason or "drained"))
 
     @property
+    def counters(self) -> Counters:
+        """What this session's worker did so far."""
+        tally = self._tally
+        return Counters(tally.completed, tally.retried, tally.failed, tally.dead)
+
+    @property
     def is_over(self) -> bool:
         return self.lease.lost is not None
 
@@ -249,7 +264,7 @@ class Session:
         held.finished.append(index)
         if self.settler.keep_done:
             held.done.append(Done(index, attempt, duration_s, result))
-        self.counters = _add(self.counters, completed=1)
+        self._tally.completed += 1
         self._after(held)
 
     def retry(
@@ -257,7 +272,7 @@ class Session:
     ) -> None:
         """The attempt failed: another one after the backoff, or a dead letter after the last."""
         settings = self.shared.settings
-        self.counters = _add(self.counters, failed=1)
+        self._tally.failed += 1
         if attempt >= max_attempts:
             self.dead(held, index, attempts=attempt, failure=failure)
             return
@@ -269,7 +284,7 @@ class Session:
                 jitter=settings.backoff_jitter,
                 chance=self.shared.random.random(),
             )
-        self.counters = _add(self.counters, retried=1)
+        self._tally.retried += 1
         record = held.index.records[index]
         self.shared.bus.emit(
             MessageRetry(
@@ -281,7 +296,7 @@ class Session:
     def dead(self, held: Held, index: int, *, attempts: int, failure: Failure) -> None:
         """The message becomes a dead letter."""
         record = held.index.records[index]
-        self.counters = _add(self.counters, dead=1)
+        self._tally.dead += 1
         log.info("dead letter", message=record.id, attempts=attempts, error=failure.reason, worker=self.worker_id)
         self.shared.bus.emit(
             MessageDead(message_id=record.id, worker_id=self.worker_id, attempts=attempts, error=failure.reason)
@@ -490,9 +505,3 @@ class Session:
         """A running message ended: somebody may be waiting for the last one."""
         if self._draining:
             self._notify()
-
-
-def _add(counters: Counters, *, completed: int = 0, retried: int = 0, failed: int = 0, dead: int = 0) -> Counters:
-    return Counters(
-        counters.completed + completed, counters.retried + retried, counters.failed + failed, counters.dead + dead
-    )
