@@ -72,11 +72,11 @@ class Intake:
             )
         try:
             body, codec = encode_payload(payload, self._encoder)
-            if codec == Codec.RAW:
-                if kind is not Any:
+            if kind is not Any:
+                if codec == Codec.RAW:
                     msgspec.convert(body, kind)
-            elif kind is not Any:
-                self._decode(body, codec)
+                else:
+                    self._decode(body, codec)
         except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise InvalidPayload(
                 f"The payload cannot be enqueued: {error} ({_shown(payload)}).",

@@ -386,9 +386,11 @@ class S3Queue(Generic[PayloadT]):
             if isinstance(payloads, AsyncIterable):
                 async for payload in payloads:
                     await add(payload)
-            else:
+            elif limited or dedup_id is not None:
                 for payload in payloads:
                     await add(payload)
+            else:
+                await writes.extend(make(payload, options) for payload in payloads)
             return await writes.finish()
         except Exception as error:
             with anyio.CancelScope(shield=True):

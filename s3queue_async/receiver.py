@@ -73,6 +73,7 @@ class Receiver:
                     await session.feed.wait()
                 looked = True
         finally:
+            session.feed.wake_next()
             session.wanted_by_receivers -= wanted
         return messages
 

@@ -212,21 +212,22 @@ class Worker:
         slot = Slot(task)
         feed = session.feed
         monotonic = session.shared.clock.monotonic
-        ran_since = monotonic()
+        lease = session.lease
+        now = ran_since = monotonic()
         while True:
-            taken = session.take()
+            taken = feed.take() if lease.trusted_at(now) else None
             if taken is None:
                 await feed.wait()
-                ran_since = monotonic()
+                now = ran_since = monotonic()
                 continue
-            held, index = taken
-            waited = await self.run_one(session, slot, held, index)
-            if waited:
-                ran_since = monotonic()
-            elif monotonic() - ran_since > YIELD_AFTER_S:
+            if await self.run_one(session, slot, *taken):
+                now = ran_since = monotonic()
+                continue
+            now = monotonic()
+            if now - ran_since > YIELD_AFTER_S:
                 session.claimer.poke()
                 await anyio.lowlevel.checkpoint()
-                ran_since = monotonic()
+                now = ran_since = monotonic()
 
     async def process_next(self, session: Session) -> bool:
         """Handle one message here and now, and settle it; False when there is none."""
@@ -303,12 +304,12 @@ class Worker:
                     lambda seconds: self._blocked(session, record.id, seconds),
                 )
                 result, error = await self._wait(session, slot, held, index, attempt, driven)
-            took_s = monotonic() - began
-            if not waited and took_s > BLOCKED_AFTER_S:
-                self._blocked(session, record.id, took_s)
+        took_s = monotonic() - began
+        if not waited and took_s > BLOCKED_AFTER_S:
+            self._blocked(session, record.id, took_s)
         session.feed.done(held)
         if held.lost is None:
-            self._conclude(session, held, index, attempt, monotonic() - began, result, error)
+            self._conclude(session, held, index, attempt, took_s, result, error)
         session.slot_free()
         return waited
 
@@ -322,6 +323,8 @@ class Worker:
             timer = asyncio.get_running_loop().call_later(timeout_s, slot.stop, _Stop.TIMEOUT)
         held.cancel[index] = lambda: slot.stop(_Stop.LOST)
         self._busy.add(slot)
+        # This slot is taken for a while: the next one may start. Handlers that never wait need no second slot.
+        session.feed.wake_next()
         try:
             result = await driven
         except asyncio.CancelledError as cancelled:

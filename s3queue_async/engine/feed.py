@@ -51,7 +51,7 @@ class Feed:
 
     def add(self, held: Held) -> None:
         insort(self._held, held, key=_order)
-        self.wake(len(held.waiting))
+        self.wake(1)
 
     def remove(self, held: Held) -> None:
         """Nothing of this segment is to start any more."""
@@ -89,7 +89,7 @@ class Feed:
         self.finished += 1
         if self._alone is held:
             self._alone = None
-            self.wake(len(self._takers))
+            self.wake(1)
         elif self.running == 0 and self._held and self._held[0].isolated:
             self.wake(1)
 
@@ -100,9 +100,18 @@ class Feed:
         self._on_hungry()
         try:
             await event.wait()
-        finally:
-            if not event.is_set():
+        except BaseException:
+            if event.is_set():
+                # Somebody else may have what this taker was woken for.
+                self.wake_next()
+            else:
                 self._takers.remove(event)
+            raise
+
+    def wake_next(self) -> None:
+        """Let one more taker look, if anything waits; who is busy for a while with what it took calls this."""
+        if self._held and self._takers:
+            self._takers.popleft().set()
 
     def wake(self, count: int) -> None:
         """Let up to ``count`` takers look again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import anyio
@@ -35,7 +35,7 @@ DECIDE_WITHIN_S = 60.0
 RECORD_OVERHEAD_BYTES = 96
 
 
-class Options(msgspec.Struct, frozen=True):
+class Options(msgspec.Struct, frozen=True, gc=False):
     """What several messages have in common."""
 
     max_attempts: int | None = None
@@ -43,18 +43,16 @@ class Options(msgspec.Struct, frozen=True):
     headers: dict[str, str] | None = None
 
 
-class Entry:
+# Without gc: none of these can be part of a cycle, and hundreds of thousands of them would keep the collector busy.
+class Entry(msgspec.Struct, gc=False, eq=False):
     """A message on its way into a segment."""
 
-    __slots__ = ("codec", "dedup_id", "id", "options", "payload", "reservation")
-
-    def __init__(self, payload: bytes, codec: int, options: Options, dedup_id: str | None = None) -> None:
-        self.payload = payload
-        self.codec = codec
-        self.options = options
-        self.dedup_id = dedup_id
-        self.id = ""
-        self.reservation: Reservation | None = None
+    payload: bytes
+    codec: int
+    options: Options
+    dedup_id: str | None = None
+    id: str = ""
+    reservation: Reservation | None = None
 
 
 class Batch:
@@ -117,6 +115,21 @@ class BulkWriter:
         batch.entries.append(entry)
         batch.size += len(entry.payload) + RECORD_OVERHEAD_BYTES
         return len(batch.entries) >= self._messages_max or batch.size >= self._bytes_max
+
+    async def extend(self, entries: Iterable[Entry]) -> None:
+        """Take messages without deduplication ids as fast as they can be written."""
+        count = size = 0
+        add = self._batch.entries.append
+        for entry in entries:
+            add(entry)
+            count += 1
+            size += len(entry.payload) + RECORD_OVERHEAD_BYTES
+            if count >= self._messages_max or size >= self._bytes_max:
+                self._batch.size = size
+                await self.turn()
+                count = size = 0
+                add = self._batch.entries.append
+        self._batch.size = size
 
     async def append_once(self, entry: Entry) -> None:
         """Take a message with a deduplication id: it goes its own way, in its turn."""

@@ -32,7 +32,7 @@ class Codec(IntEnum):
     RAW = 1
 
 
-class Failure(msgspec.Struct, frozen=True, array_like=True):
+class Failure(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Why a message's last attempt did not succeed.
 
     Attributes:
@@ -46,7 +46,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     at_ms: int = 0
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One message in a segment's index.
 
     Attributes:
@@ -177,6 +177,8 @@ def is_void(created_ms: int, modified_s: float, segment_age_s: float) -> bool:
 
 def encode_payload(payload: Any, encoder: msgspec.msgpack.Encoder) -> tuple[bytes, Codec]:
     """A payload's bytes: ``bytes`` as they are, everything else as msgpack."""
-    if isinstance(payload, bytes | bytearray | memoryview):
+    if isinstance(payload, bytes):
+        return payload, Codec.RAW
+    if isinstance(payload, bytearray | memoryview):
         return bytes(payload), Codec.RAW
     return encoder.encode(payload), Codec.MSGPACK

@@ -108,7 +108,7 @@ async def test_a_lost_segment_leaves() -> None:
 
 @virtual
 async def test_takers_are_woken_once_each() -> None:
-    """A segment of two messages wakes two of three takers; the third waits on."""
+    """A segment wakes one of three takers; when that one is busy it wakes the next; the third waits on."""
     queue = feed()
     woken: list[int] = []
 
@@ -122,6 +122,9 @@ async def test_takers_are_woken_once_each() -> None:
         await anyio.sleep(1)
         assert queue.idle == 3
         queue.add(held(1, 2))
+        await anyio.sleep(1)
+        assert woken == [0]
+        queue.wake_next()
         await anyio.sleep(1)
         assert woken == [0, 1]
         assert queue.idle == 1
