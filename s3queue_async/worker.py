@@ -32,6 +32,8 @@ BLOCKED_AFTER_S = 1.0
 YIELD_AFTER_S = 0.005
 """Handlers that never wait let others run after this long."""
 TRACEBACK_MAX = 4096
+TRUST_LOOK_AFTER_S = 0.1
+"""The lease was looked at as a handler started; after one that took longer it is looked at again."""
 
 HandlerFunction = Callable[..., Any]
 
@@ -190,7 +192,6 @@ class Worker:
     def __init__(self, handler: Handler, concurrency: int) -> None:
         self.handler = handler
         self.concurrency = whole_number("concurrency", concurrency, 1, CONCURRENCY_MAX)
-        self.finished = 0
         self._limiter = anyio.CapacityLimiter(concurrency)
         self._busy: set[Slot] = set()
 
@@ -372,10 +373,11 @@ class Worker:
         error: BaseException | None,
     ) -> None:
         if error is None:
-            self.finished += 1
-            session.finished(held, index, attempt=attempt, duration_s=duration_s, result=result)
+            # A handler that outlasted the lease has done its work for nothing: the message is delivered again.
+            in_time = duration_s < TRUST_LOOK_AFTER_S or session.lease.trusted
+            session.finished(held, index, attempt=attempt, duration_s=duration_s, result=result, counts=in_time)
             bus = session.shared.bus
-            if bus.wants(MessageCompleted.name):
+            if in_time and bus.wants(MessageCompleted.name):
                 record = held.index.records[index]
                 bus.emit(
                     MessageCompleted(

@@ -259,12 +259,14 @@ class Session:
 
     # -- what becomes of messages --------------------------------------------------------------------------------
 
-    def finished(self, held: Held, index: int, *, attempt: int, duration_s: float, result: object) -> None:
-        """The message is done."""
+    def finished(
+        self, held: Held, index: int, *, attempt: int, duration_s: float, result: object, counts: bool = True
+    ) -> None:
+        """The message is done; it counts as completed unless the lease was over by then."""
         held.finished.append(index)
         if self.settler.keep_done:
             held.done.append(Done(index, attempt, duration_s, result))
-        self._tally.completed += 1
+        self._tally.completed += counts
         self._after(held)
 
     def retry(

@@ -76,7 +76,10 @@ class Server:
         try:
             client.create_bucket(Bucket=bucket)
         except ClientError as error:
-            if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+            code = error.response["Error"]["Code"]
+            if code == "InvalidBucketName":
+                raise ServerError(f"{bucket!r} is no name for a bucket: it needs 3 to 63 characters.") from error
+            if code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 raise
         finally:
             client.close()

@@ -291,6 +291,27 @@ async def test_a_block_of_60_s_loses_the_lease() -> None:
 
 
 @virtual
+async def test_a_handler_that_returns_after_its_lease_completes_nothing() -> None:
+    """It blocks the loop past the lease and returns at once: one completed event, one counted, both of the second run."""
+    bed = Bed()
+    workers: list[str] = []
+    completed = Seen()
+
+    async def handler(payload: int, context: Context) -> None:
+        workers.append(context.worker_id)
+        if len(workers) == 1:
+            advance(60)
+
+    async with bed.queue(on_message=handler, on_complete=completed) as queue:
+        await queue.enqueue(1)
+        await completed.count(1)
+        await anyio.sleep(60)
+        assert (await queue.stats(exact=True)).completed == 1
+    assert len(workers) == 2
+    assert [event.worker_id for event in completed.items] == workers[1:]
+
+
+@virtual
 async def test_a_worker_that_slept_through_its_lease_settles_nothing() -> None:
     """Another worker took over meanwhile: the sleeper's result does not count, its handler is told by lease_lost."""
     bed = Bed()
