@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -171,7 +171,6 @@ class SegmentVoided(Event):
     key: str
 
 
-EventT = TypeVar("EventT", bound=Event)
 Callback = Callable[[Any], Awaitable[None] | None]
 
 EVENTS: dict[str, type[Event]] = {

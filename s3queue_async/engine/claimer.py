@@ -179,10 +179,6 @@ class Claimer:
     def claiming_messages(self) -> int:
         return sum(self.claiming.values())
 
-    @property
-    def poll_interval_s(self) -> float:
-        return self._polling.interval_s
-
     async def run(self) -> None:
         """Claim until cancelled."""
         clock = self._shared.clock
@@ -648,7 +644,7 @@ class Claimer:
         """An unreadable claim hides its owner: wait until any owner's lease would be over, then begin anew."""
         settings = self._shared.settings
         wait_s = stored.modified_s + settings.visibility_timeout + settings.lease_margin
-        left_s = wait_s + self._shared.time.resolution_s - self._shared.time.earliest()
+        left_s = wait_s + self._shared.time.resolution_s - self._shared.time.certain()
         if left_s > 0:
             self._report(key.claim, error.reason)
             self._block(key.name, left_s)

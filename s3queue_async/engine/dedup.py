@@ -152,7 +152,7 @@ class Deduplicator:
         shared = self._shared
         key = SegmentKey.parse(marker.segment)
         settled_after_s = key.created_ms / 1000 + shared.settings.segment_age + shared.settings.lease_margin
-        late_enough = shared.time.earliest() > settled_after_s
+        late_enough = shared.time.seen() > settled_after_s
         try:
             stored = await shared.storage.get(key.text, span=(0, 1))
         except NotFound:

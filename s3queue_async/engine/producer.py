@@ -195,7 +195,6 @@ class Producer:
         self._unwritten = 0
         self._idle = Wakeup()
         self._by_dedup_id: dict[str, tuple[Entry, Batch]] = {}
-        self.enqueued = 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled; batches under way are written within."""
@@ -367,7 +366,6 @@ class Producer:
             batch.error = error
         else:
             batch.error = None
-            self.enqueued += len(batch.entries)
         finally:
             self._forget(entries, count)
             batch.done.set()

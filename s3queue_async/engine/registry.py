@@ -62,7 +62,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     Attributes:
         nonce: Fresh in every beat.
         state: ``fenced`` once somebody decided that the worker is lost; final.
-        composed_ms: The earliest that store time was as the list below was made.
+        composed_ms: A store time that was over as the list below was made.
         ttl_s: How long the lease lasts from the object's LastModified.
         capacity: Messages that it handles at a time.
         in_flight: Messages that it handles now.
@@ -161,7 +161,7 @@ class Registry:
         ends_s = (
             peer.modified_s + self._shared.time.resolution_s + peer.heartbeat.ttl_s + self._shared.settings.lease_margin
         )
-        return ends_s - self._shared.time.earliest()
+        return ends_s - self._shared.time.certain()
 
     def is_abandoned(self, peer: Peer, name: str, claim_modified_s: float) -> bool:
         """Whether a living worker's claim is held by nobody: it landed before a beat that does not name it."""
@@ -351,7 +351,7 @@ class Lease:
             shared = self._shared
             settings = shared.settings
             sent_at = shared.clock.monotonic()
-            composed_ms = int(shared.time.earliest() * 1000)
+            composed_ms = int(shared.time.seen() * 1000)
             vitals = self._vitals()
             body = _encoder.encode(
                 Heartbeat(

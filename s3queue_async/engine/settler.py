@@ -166,7 +166,7 @@ class Settler:
             self._linger.append(_Lingering(until, key))
             return
         # A write that was repeated on its way may still land, and would count, until its key is too old.
-        age_s = self._shared.time.earliest() - key.created_ms / 1000
+        age_s = self._shared.time.seen() - key.created_ms / 1000
         young = age_s < self._shared.settings.segment_age + self._shared.settings.lease_margin
         self._linger.append(_Lingering(until, key.claim, key.text if young else "", key.name if young else ""))
 

@@ -41,14 +41,28 @@ class StoreTime:
     def __init__(self, clock: Clock, resolution_s: float) -> None:
         self._clock = clock
         self._store_clock = StoreClock()
+        self._seen_s = float("-inf")
         self.resolution_s = resolution_s
 
     def observe(self, date_s: float | None, sent: float) -> None:
         """Take in a reply's date; ``sent`` is the local time before its request."""
         if date_s is not None:
+            self._seen_s = max(self._seen_s, date_s)
             self._store_clock.observe(
                 date_s, sent=sent, received=self._clock.monotonic(), resolution_s=self.resolution_s
             )
+
+    def seen(self) -> float:
+        """The latest date that any reply carried: store time is later by now, whatever the local clock did since."""
+        return self._seen_s
+
+    def certain(self) -> float:
+        """As ``earliest``, for decisions that another worker's lease depends on.
+
+        A local clock that jumps ahead takes ``earliest`` with it until the next reply; this goes along for no more
+        than the resolution of a date.
+        """
+        return min(self.earliest(), self._seen_s + self.resolution_s)
 
     def earliest(self) -> float:
         """The earliest that the store's clock can show now, seconds since the epoch."""

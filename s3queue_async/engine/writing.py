@@ -14,6 +14,7 @@ from s3queue_async.storage.base import Conflict, IfAbsent, NotFound, Preconditio
 
 CLOCK_MARGIN_S = 1.0
 CLOCK_MARGIN_PART = 0.2
+LOOK_AGAIN_S = 0.1
 
 
 class Fate(Enum):
@@ -84,7 +85,7 @@ async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: 
                 if date_s is not None and not segments.is_void(key.created_ms, date_s, settings.segment_age):
                     return Fate.WRITTEN
         tries += 1
-        began_s = shared.time.earliest()
+        began_s = shared.time.seen()
         try:
             fate = await look(shared, key, body)
         except (StoreUnavailable, Throttled) as error:
@@ -96,7 +97,7 @@ async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: 
         if began_s > decide_after_s:
             return Fate.NOT_WRITTEN if answered_s < decide_until_s or not may_run_at_once else Fate.UNKNOWN
         if answered_s >= resend_until_s:
-            await shared.clock.sleep(decide_after_s - shared.time.earliest() + 0.01)
+            await shared.clock.sleep(max(LOOK_AGAIN_S, decide_after_s - shared.time.earliest()))
 
 
 async def _wait(shared: Shared, tries: int, error: QueueError, give_up: GiveUp) -> None:

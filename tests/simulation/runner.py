@@ -24,10 +24,11 @@ from tests.simulation.checker import check
 from tests.simulation.cluster import History, simulate
 
 SHOWN_LINES = 40
-REGRESSIONS = (1, 6, 41, 49, 183, 311, 323, 387)
+REGRESSIONS = (1, 6, 41, 49, 183, 311, 323, 387, 1163)
 """Seeds that failed once: a lost move (1), claims left behind (6, 183, 387), a probe that a store of one write a second
-to a key refused for ever (41), heartbeats starved by throttling (49), servers that differ by a second (311), and a late
-copy of a handled segment (323). A change in how often chance is asked gives them another meaning."""
+to a key refused for ever (41), heartbeats starved by throttling (49), servers that differ by a second (311), a late copy
+of a handled segment (323), and a local clock that jumped ahead in the middle of a request (1163). A change in how often
+chance is asked gives them another meaning."""
 
 
 @dataclass
