@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench sim lock clean
+.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench sim ablations storm lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ bench: setup ## Throughput beside a bare loop of the same requests, and memory
 SEEDS ?= 300
 sim: setup ## Simulated clusters with faults: SEEDS=300 JOBS=2, or SEED=n to replay one with its trace
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(JOBS))
+
+ablations: setup ## Remove each safeguard of the engine in turn: the table of docs/testing.md
+	$(BIN)/python -m tests.simulation --ablations --seeds 20000 --jobs $(JOBS)
+
+storm: setup ## Real processes on a real store, killed, stopped and cut off for five minutes
+	$(BIN)/python -m tests.storm
 
 lock: ## Take the newest versions of everything that setup installs, and write them down
 	rm -rf $(VENV)/lock

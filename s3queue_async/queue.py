@@ -51,6 +51,7 @@ from s3queue_async.storage.base import Storage
 from s3queue_async.storage.metered import MeteredStorage, StorageMetrics
 from s3queue_async.storage.open import storage_from_url
 from s3queue_async.storage.plugin import plugin_prefix
+from s3queue_async.storage.probe import PROBE_NAMESPACE
 from s3queue_async.storage.throttle import ThrottledStorage
 from s3queue_async.worker import Handler, HandlerFunction, Worker, payload_decoder
 
@@ -130,12 +131,13 @@ class S3Queue(Generic[PayloadT]):
         self._random = SystemRandom() if rng is None else rng
         self._metered = MeteredStorage(storage, clock=self._clock)
         self._timed = TimedStorage(self._metered, self._clock)
-        heartbeats = plugin_prefix(layout.WORKERS)
+        # A lease must not end because the store throttles, and requests that are spread out race with nobody.
+        urgent = (plugin_prefix(layout.WORKERS), plugin_prefix(PROBE_NAMESPACE))
         self._storage = ThrottledStorage(
             self._timed,
             clock=self._clock,
             on_throttled=self._throttled,
-            urgent=lambda key: key.startswith(heartbeats),
+            urgent=lambda key: key.startswith(urgent),
         )
         self._shared = Shared(self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus)
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)

@@ -116,6 +116,8 @@ class Claimer:
         self._due_ms: int | None = None
         self._peers: list[str] = []
         self._candidates: list[Candidate] = []
+        self._looked_at = 0.0
+        self._started = 0
         self._blocked: dict[str, Blocked] = {}
         self._limit = LIST_LIMIT_MIN
         self._more = False
@@ -240,6 +242,7 @@ class Claimer:
             others_busy = others_busy or busy
         self._candidates = self._ranked(found)
         self._candidates.reverse()
+        self._looked_at = shared.clock.monotonic()
         if found:
             self._polling.found()
         else:
@@ -257,6 +260,9 @@ class Claimer:
         after = ""
         found: list[Candidate] = []
         busy = False
+        # No more than will be claimed before the next look: a long listing is slow, and stale before its end is reached.
+        self._limit = max(LIST_LIMIT_MIN, min(LIST_LIMIT_MAX, 2 * self._started))
+        self._started = 0
         for _ in range(PAGES_MAX):
             shown_at = self._shared.clock.monotonic()
             page = await self._shared.storage.list(layout.READY, after=after, limit=self._limit)
@@ -267,7 +273,6 @@ class Claimer:
             if found or not page.more:
                 break
             after = page.entries[-1].key
-        self._limit = max(LIST_LIMIT_MIN, min(LIST_LIMIT_MAX, 2 * len(found)))
         return found, busy
 
     async def _list_delayed(self) -> tuple[list[Candidate], bool]:
@@ -303,8 +308,7 @@ class Claimer:
             if self._known(key.name) or key.name in self.claiming:
                 continue
             if segments.is_void(key.created_ms, entry.modified_s, self._shared.settings.segment_age):
-                self._shared.bus.emit(SegmentVoided(key=key.text))
-                await self._shared.storage.delete(key.text)
+                await self._clear_void(key, entry.modified_s)
                 continue
             blocked = self._blocked.get(key.name)
             if blocked is not None and blocked.look_at > now:
@@ -315,6 +319,16 @@ class Claimer:
             found, taken = await self._without_claimed(found, now)
             busy = busy or taken
         return found, busy
+
+    async def _clear_void(self, key: SegmentKey, modified_s: float) -> None:
+        """Delete a void segment that its writer left behind.
+
+        At first it is left alone: its writer deletes it in a moment, and several who do would, on a store that allows
+        one write a second to one key, be refused until they slow down all that they write (found by simulation).
+        """
+        if self._shared.time.earliest() - modified_s > self._shared.settings.segment_age:
+            self._shared.bus.emit(SegmentVoided(key=key.text))
+            await self._shared.storage.delete(key.text)
 
     async def _without_claimed(self, found: list[Candidate], now: float) -> tuple[list[Candidate], bool]:
         """Leave out what others hold by the listing of claims: a listing costs less than the tries that would fail."""
@@ -385,8 +399,9 @@ class Claimer:
             blocked = self._blocked.get(name)
             if self._known(name) or name in self.claiming or (blocked is not None and blocked.look_at > now):
                 continue
-            if now - candidate.shown_at > min(CANDIDATES_STALE_S, self._shared.settings.claim_trust / 2):
+            if now - self._looked_at > CANDIDATES_STALE_S:
                 continue
+            self._started += 1
             self._start(group, candidate, None)
             return True
         return False
@@ -480,16 +495,31 @@ class Claimer:
             return None
         if reading.error is not None:
             raise reading.error
-        if offered is not None and shared.clock.monotonic() - shown_at < shared.settings.claim_trust:
+        if offered is not None and self._was_seen_lately(shown_at, key.created_ms / 1000):
             held = self._held(key, claim, version, segments.Segment(*offered))
             await self._drop_duplicates(held)
             return held
-        if reading.stored is None or shared.clock.monotonic() - shown_at >= shared.settings.claim_trust:
-            # Too long since the segment was seen: it may have been run meanwhile, and its claim be gone again.
+        if reading.stored is None or not self._was_seen_lately(shown_at, reading.stored.date_s):
             await self._read_into(key.text, reading)
             if reading.error is not None:
                 raise reading.error
         return await self._admit(key, claim, version, reading.stored)
+
+    def _was_seen_lately(self, shown_at: float, shown_s: float | None) -> bool:
+        """Whether a claim made by now is good without another look at the segment.
+
+        Later the segment may have been run meanwhile, and its claim be gone again. The store's time is looked at, too:
+        the local clock stands while a machine sleeps.
+
+        Args:
+            shown_at: Local time before the request that showed the segment.
+            shown_s: Store time at which it was there; None when the reply did not tell.
+        """
+        trust_s = self._shared.settings.claim_trust
+        time = self._shared.time
+        return self._shared.clock.monotonic() - shown_at < trust_s and (
+            shown_s is None or time.seen() - shown_s < trust_s - time.resolution_s
+        )
 
     async def _read_into(self, key: str, reading: _Reading) -> None:
         try:

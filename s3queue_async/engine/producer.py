@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from s3queue_async.engine.dedup import Deduplicator, Reservation
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
-from s3queue_async.engine.writing import Fate, put_segment
+from s3queue_async.engine.writing import Fate, Pace, put_segment
 from s3queue_async.errors import QueueClosed, QueueError, StoreUnavailable
 from s3queue_async.events import EnqueueAmbiguous, MessageEnqueued
 from s3queue_async.log import log
@@ -189,7 +189,7 @@ class Producer:
         self._dedup = Deduplicator(shared)
         self.hand_over = hand_over
         self._lanes: dict[tuple[int, int], _Lane] = {}
-        self._writes = anyio.Semaphore(WRITES_MAX)
+        self._pace = Pace(WRITES_MAX)
         self._group: TaskGroup | None = None
         self._closed = False
         self._unwritten = 0
@@ -341,7 +341,7 @@ class Producer:
     async def _pump(self, lane: _Lane, place: tuple[int, int]) -> None:
         try:
             while True:
-                async with self._writes:
+                async with self._pace:
                     batch = lane.take()
                     if batch is None:
                         return
@@ -399,10 +399,12 @@ class Producer:
                 shared, key, segments.encode(index, payloads), give_up=give_up, may_run_at_once=True
             )
             if fate is Fate.WRITTEN:
+                self._pace.in_time()
                 break
             if fate is Fate.UNKNOWN:
                 log.warning("messages are written a second time: the store was out of reach for too long", key=key.text)
                 shared.bus.emit(EnqueueAmbiguous(message_ids=[entry.id for entry in batch.entries]))
+            await self._pace.too_late()
             key, made_at = self._new_key(batch), shared.clock.monotonic()
         if shared.bus.wants(MessageEnqueued.name):
             for entry in batch.entries:

@@ -33,6 +33,8 @@ FENCE_WITHIN_S = 10.0
 COUNT_WITHIN_S = 3.0
 LIVENESS_CACHE_S = 1.0
 COUNTERS = "all"
+NOT_RENEWED = "not renewed in time"
+FENCED = "fenced by another worker"
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -279,7 +281,7 @@ class Lease:
     def check(self) -> None:
         """Raise LeaseLost unless the lease is trusted."""
         if not self.trusted:
-            raise LeaseLost(f"The lease of worker {self.worker_id} is over: {self.lost or 'not renewed in time'}.")
+            raise LeaseLost(f"The lease of worker {self.worker_id} is over: {self.lost or NOT_RENEWED}.")
 
     async def register(self) -> None:
         """Create the heartbeat; nothing may be claimed before."""
@@ -293,7 +295,7 @@ class Lease:
         while self.lost is None:
             now = clock.monotonic()
             if now >= self._trusted_until:
-                self.lose("not renewed in time")
+                self.lose(NOT_RENEWED)
                 return
             if now < next_at:
                 await clock.sleep(min(next_at, self._trusted_until) - now)
@@ -301,7 +303,7 @@ class Lease:
             try:
                 await self._beat(IfVersion(self._version))
             except Superseded:
-                self.lose("fenced by another worker")
+                self.lose(FENCED)
                 return
             except (StoreUnavailable, Throttled) as error:
                 log.warning("heartbeat failed", worker=self.worker_id, error=str(error))

@@ -16,7 +16,7 @@ from s3queue_async.engine.claimer import Claimer
 from s3queue_async.engine.feed import Feed
 from s3queue_async.engine.held import Departing, Done, Held
 from s3queue_async.engine.recovery import Recovery
-from s3queue_async.engine.registry import Counters, Lease, Registry, Vitals
+from s3queue_async.engine.registry import FENCED, NOT_RENEWED, Counters, Lease, Registry, Vitals
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
@@ -193,9 +193,9 @@ class Session:
         if self._may_leave:
             with anyio.move_on_after(FAREWELL_S):
                 try:
-                    if reason == "fenced by another worker":
+                    if reason == FENCED:
                         pass
-                    elif reason == "not renewed in time":
+                    elif reason == NOT_RENEWED:
                         await self.lease.give_up()
                     else:
                         await self.lease.leave()
@@ -255,6 +255,12 @@ class Session:
         except BaseException:
             self.feed.done(held)
             raise
+        if not self.lease.trusted:
+            # This process stood still over the record's reply: another worker may run the message by now.
+            self.feed.done(held)
+            self.settler.lose(held, self.lease.lost or NOT_RENEWED)
+            self.slot_free()
+            return False
         return True
 
     # -- what becomes of messages --------------------------------------------------------------------------------
@@ -494,6 +500,8 @@ class Session:
         """
         if self.settler.lingering:
             others = [worker for worker in await self.registry.list() if worker != self.worker_id]
+            if others:
+                await self.settler.disown_ended()
             await self.settler.sweep_linger(all_of_them=not others)
 
     async def _until(self, condition: Callable[[], bool]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -17,7 +18,7 @@ from s3queue_async.engine.held import Departing, Done, Held
 from s3queue_async.engine.registry import Lease
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
-from s3queue_async.engine.writing import Fate, put_segment
+from s3queue_async.engine.writing import Fate, Pace, put_segment
 from s3queue_async.errors import CorruptObject, LeaseLost, QueueError, StoreUnavailable, Throttled
 from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
@@ -25,7 +26,7 @@ from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.claim import Claim, Departure, Move
 from s3queue_async.protocol.layout import Place, SegmentKey
-from s3queue_async.storage.base import IfVersion, PreconditionFailed, Superseded
+from s3queue_async.storage.base import IfVersion, NotFound, PreconditionFailed, Superseded
 from s3queue_async.wakeup import Wakeup
 
 LANES = 16
@@ -38,6 +39,8 @@ FLUSH_MOVES_AFTER_S = 1.0
 DUE_GRAIN_S = 0.1
 DUE_GRAIN_PART = 0.1
 REST_S = 0.5
+DISOWN_WITHIN_S = 3.0
+TAKEN = "its claim was taken by another worker"
 
 
 class _Lingering(msgspec.Struct, frozen=True):
@@ -45,6 +48,8 @@ class _Lingering(msgspec.Struct, frozen=True):
     claim_key: str
     revivable: str = ""
     name: str = ""
+    claim: Claim | None = None
+    version: str = ""
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -77,6 +82,7 @@ class Settler:
         self._lease = lease
         self._on_end = on_end
         self._dedup = Deduplicator(shared)
+        self._pace = Pace(LANES)
         self._queue: deque[Held] = deque()
         self._arrived = Wakeup()
         self._linger: deque[_Lingering] = deque()
@@ -155,11 +161,30 @@ class Settler:
                 self._linger.extendleft(reversed(batch))
                 raise
 
-    def let_linger(self, key: SegmentKey | str) -> None:
+    async def disown_ended(self) -> None:
+        """Before this worker leaves others behind: have the claims of young ended segments say that all is finished.
+
+        Nobody names such a segment any more then, and a late copy of it would be taken for abandoned and run.
+        """
+
+        async def record(item: _Lingering) -> None:
+            assert item.claim is not None
+            key = SegmentKey.parse(item.claim.segment)
+            claim = claims.move(item.claim, (), settled=True, finished=range(key.count), nonce=self._shared.nonce())
+            with suppress(Superseded):
+                await self._shared.swap(
+                    item.claim_key, claims.encode(claim), when=IfVersion(item.version), deadline_s=DISOWN_WITHIN_S
+                )
+
+        open_ones = [item for item in self._linger if item.name and item.claim is not None]
+        await together(open_ones, record, at_once=LANES)
+
+    def let_linger(self, key: SegmentKey | str, held: Held | None = None) -> None:
         """Delete a claim later: its segment is gone since this moment or longer.
 
         Args:
             key: The segment's; or the claim's, when the segment was too old to come back.
+            held: What was held of it, when it was run here.
         """
         until = self._shared.clock.monotonic() + self._shared.settings.claim_linger
         if isinstance(key, str):
@@ -167,8 +192,12 @@ class Settler:
             return
         # A write that was repeated on its way may still land, and would count, until its key is too old.
         age_s = self._shared.time.seen() - key.created_ms / 1000
-        young = age_s < self._shared.settings.segment_age + self._shared.settings.lease_margin
-        self._linger.append(_Lingering(until, key.claim, key.text if young else "", key.name if young else ""))
+        if age_s >= self._shared.settings.segment_age + self._shared.settings.lease_margin:
+            self._linger.append(_Lingering(until, key.claim))
+            return
+        claim = None if held is None or held.claim.state == "settled" else held.claim
+        version = "" if held is None else held.version
+        self._linger.append(_Lingering(until, key.claim, key.text, key.name, claim, version))
 
     def revivable(self) -> list[str]:
         """Names of ended segments that a late write may bring back: nobody may take them for abandoned."""
@@ -225,7 +254,7 @@ class Settler:
             await self._guarded(batch, work)
         except Superseded:
             for held in batch:
-                self.lose(held, "its claim was taken by another worker")
+                self.lose(held, TAKEN)
         except LeaseLost as error:
             for held in batch:
                 self.lose(held, str(error))
@@ -271,21 +300,22 @@ class Settler:
                 await self._mark(held, finished, departing)
             await self._keep_history([held])
             settling = complete and held.claim.state != "settled"
-            if departing or settling or len(finished) > held.recorded:
-                now_ms = self._shared.time.now_ms()
-                await self._write_claim(
-                    held,
-                    lambda claim: claims.move(
-                        claim,
-                        self._groups(held, claim, departing, now_ms),
-                        settled=complete,
-                        finished=finished,
-                        nonce=self._shared.nonce(),
-                    ),
-                )
-                held.recorded = len(finished)
-                del held.departing[: len(departing)]
-            keys = await self._apply_all(held)
+            async with self._pace:
+                if departing or settling or len(finished) > held.recorded:
+                    now_ms = self._shared.time.now_ms()
+                    await self._write_claim(
+                        held,
+                        lambda claim: claims.move(
+                            claim,
+                            self._groups(held, claim, departing, now_ms),
+                            settled=complete,
+                            finished=finished,
+                            nonce=self._shared.nonce(),
+                        ),
+                    )
+                    held.recorded = len(finished)
+                    del held.departing[: len(departing)]
+                keys = await self._apply_all(held)
             if complete:
                 self._lease.check()
                 await self._shared.insist(lambda: self._delete([held.key.text]), while_true=lambda: self._lease.trusted)
@@ -303,7 +333,9 @@ class Settler:
             if shared.conditional_delete and fresh:
                 await self._delete_own_claim(held)
             else:
-                await self._write_claim(held, lambda claim: claims.release(claim, nonce=shared.nonce()))
+                # When it is another worker's by now, an earlier try whose reply was lost gave it back.
+                with suppress(Superseded):
+                    await self._write_claim(held, lambda claim: claims.release(claim, nonce=shared.nonce()))
         held.ended = True
         self._on_end(held)
 
@@ -400,9 +432,12 @@ class Settler:
         while pending := [move for move in held.claim.pending_moves() if move.key not in written]:
             await together(pending, apply, at_once=MOVES_AT_ONCE)
             if late:
+                await self._pace.too_late()
                 renamed = {move.key: self._renamed(move) for move in late}
                 await self._write_claim(held, partial(_rekeyed, renamed=renamed, nonce=self._shared.nonce))
                 late.clear()
+        if written:
+            self._pace.in_time()
         return written
 
     async def _apply(self, held: Held, move: Move) -> bool:
@@ -417,7 +452,19 @@ class Settler:
             claims.moved_index(held.claim, move, held.index), [held.payloads[index] for index in move.indices]
         )
         fate = await put_segment(self._shared, SegmentKey.parse(move.key), body, give_up=give_up, may_run_at_once=False)
-        return fate is Fate.WRITTEN
+        return fate is Fate.WRITTEN or await self._is_gone(held.key)
+
+    async def _is_gone(self, key: SegmentKey) -> bool:
+        """Whether a segment that is being settled is gone: then all that moved out of it was written.
+
+        Its last owner's DELETE, which comes after all moves, may land late: the moved segments run from then on, and
+        may be gone, too, as this settlement looks for them (found by simulation: a message was written twice).
+        """
+        try:
+            await self._shared.storage.get(key.text, span=(0, 1))
+        except NotFound:
+            return True
+        return False
 
     def _renamed(self, move: Move) -> str:
         old = SegmentKey.parse(move.key)
@@ -475,7 +522,7 @@ class Settler:
 
     def _ended(self, held: Held) -> None:
         held.ended = True
-        self.let_linger(held.key)
+        self.let_linger(held.key, held)
         self._on_end(held)
 
 

@@ -11,6 +11,7 @@ from s3queue_async.events import SegmentVoided
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.storage.base import Conflict, IfAbsent, NotFound, PreconditionFailed, Stored
+from s3queue_async.wakeup import Wakeup
 
 CLOCK_MARGIN_S = 1.0
 CLOCK_MARGIN_PART = 0.2
@@ -23,6 +24,49 @@ class Fate(Enum):
     WRITTEN = auto()
     NOT_WRITTEN = auto()
     UNKNOWN = auto()
+
+
+class Pace:
+    """How many writers may be between naming a segment and having it written: fewer after one came too late.
+
+    When requests have to queue (the store throttles, or is slow), too many at a time would all take longer than
+    ``segment_age``, be void, and begin anew, for ever (found by simulation).
+
+    Args:
+        most: Writers at a time while all is well.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._allowed = most
+        self._under_way = 0
+        self._changed = Wakeup()
+
+    async def __aenter__(self) -> None:
+        while self._under_way >= self._allowed:
+            await self._changed.wait()
+        self._under_way += 1
+
+    async def __aexit__(self, *error: object) -> None:
+        self._under_way -= 1
+        self._changed.set()
+
+    def in_time(self) -> None:
+        """A segment was written in time: one more may be under way."""
+        if self._allowed < self._most:
+            self._allowed += 1
+            self._changed.set()
+
+    async def too_late(self) -> None:
+        """A segment was not written in time: half as many may be under way. Waits for the next turn to try again."""
+        self._allowed = max(1, min(self._allowed, self._under_way) // 2)
+        self._under_way -= 1
+        self._changed.set()
+        try:
+            while self._under_way >= self._allowed:
+                await self._changed.wait()
+        finally:
+            self._under_way += 1
 
 
 GiveUp = Callable[[QueueError], None]

@@ -20,7 +20,8 @@ TOTALS = "totals"
 PRIORITY_MAX = 255
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_VALUES = {letter: value for value, letter in enumerate(_CROCKFORD)}
+_PYTHON_BASE_32 = "0123456789abcdefghijklmnopqrstuv"
+_AS_BASE_32 = dict.fromkeys(range(128), "!") | str.maketrans(_CROCKFORD, _PYTHON_BASE_32)
 _ULID_LENGTH = 26
 _RANDOM_BITS = 80
 _DUE_DIGITS = 15
@@ -45,17 +46,13 @@ def ulid(time_ms: int, randomness: int) -> str:
 
 def ulid_time_ms(text: str) -> int:
     """The milliseconds since the epoch in a ULID. Raises ValueError when it is none."""
-    if len(text) != _ULID_LENGTH or text[0] > "7":
+    if len(text) != _ULID_LENGTH or text[0] > "7" or not text.isascii():
         raise ValueError(f"{text!r} is not a ULID")
-    value = 0
-    for letter in text[:10]:
-        try:
-            value = value * 32 + _VALUES[letter]
-        except KeyError:
-            raise ValueError(f"{text!r} is not a ULID") from None
-    if any(letter not in _VALUES for letter in text[10:]):
-        raise ValueError(f"{text!r} is not a ULID")
-    return value
+    try:
+        int(text.translate(_AS_BASE_32), 32)
+        return int(text[:10].translate(_AS_BASE_32), 32)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a ULID") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Does this store keep its conditions? A queue on one that does not would lose and repeat messages."""
+"""Does this store keep its conditions, and list in order? A queue on one that does not would lose and repeat messages."""
 
 from __future__ import annotations
 
@@ -27,10 +27,15 @@ T = TypeVar("T")
 
 PROBE_NAMESPACE = "probe"
 _RACERS = 8
-_RACES = 2
+_LOSERS_MIN = 8
+"""Refused racers that make a race conclusive: of those whose reply was lost or throttled nothing is known."""
+_RACES_MIN = 2
+_RACES_MAX = 6
 _THROTTLED_TRIES = 5
 _THROTTLED_PAUSE_S = 1.1
-_CLEANUP_ROUNDS_MAX = 6
+_LISTED = 6
+"""Keys whose order is looked at; a store without order shows the right one by chance once in 720 times."""
+_CLEANUP_FAILURES_MAX = 10
 _CLEANUP_PAUSE_S = 0.05
 
 
@@ -84,8 +89,12 @@ class _Probe:
         stale, current = await self._check_sequence()
         await self._check_missing(stale)
         conditional_delete = await self._check_delete(stale, current)
-        for race in range(_RACES):
-            await self._check_race(f"{self.prefix}race-{race}")
+        losers = 0
+        for race in range(_RACES_MAX):
+            losers += await self._check_race(f"{self.prefix}race-{race}")
+            if race + 1 >= _RACES_MIN and losers >= _LOSERS_MIN:
+                break
+        await self._check_listing()
         return Capabilities(conditional_delete)
 
     def _body(self) -> bytes:
@@ -129,16 +138,19 @@ class _Probe:
             return False
         return True
 
-    async def _check_race(self, key: str) -> None:
+    async def _check_race(self, key: str) -> int:
+        """Have one key created by several at once; returns how many were refused."""
         winners: list[bytes] = []
+        losers = 0
         unknown: dict[bytes, QueueError] = {}
 
         async def create() -> None:
+            nonlocal losers
             body = self._body()
             try:
                 await self._view.put(key, body, when=IfAbsent())
             except (PreconditionFailed, Conflict):
-                return
+                losers += 1
             except QueueError as error:
                 unknown[body] = error
             else:
@@ -166,6 +178,34 @@ class _Probe:
             for error in unknown.values():
                 raise error
             raise _unsupported(f"{_RACERS} concurrent PUTs with If-None-Match: *", "412 to all", "success to one")
+        return losers
+
+    async def _check_listing(self) -> None:
+        prefix = f"{self.prefix}list/"
+        keys = [f"{prefix}{number}" for number in range(_LISTED)]
+        failures: list[QueueError] = []
+
+        async def create(key: str) -> None:
+            try:
+                await self._again(lambda: self._put(key, IfAbsent()))
+            except PreconditionFailed:
+                # An earlier try wrote it, and its reply was lost.
+                return
+            except QueueError as error:
+                failures.append(error)
+
+        async with anyio.create_task_group() as group:
+            for key in keys:
+                group.start_soon(create, key)
+        if failures:
+            raise failures[0]
+        listed = [entry.key for entry in (await self._again(lambda: self._view.list(prefix))).entries]
+        if not listed or listed != keys[: len(listed)]:
+            raise _unsorted(f"{_LISTED} keys in another order", [key.removeprefix(prefix) for key in listed])
+        page = await self._again(lambda: self._view.list(prefix, after=keys[2]))
+        rest = [entry.key for entry in page.entries]
+        if not rest or rest != keys[3 : 3 + len(rest)]:
+            raise _unsorted("start-after with other keys", [key.removeprefix(prefix) for key in rest])
 
     async def _put(self, key: str, when: IfAbsent | IfVersion) -> Written:
         body = self._body()
@@ -179,6 +219,16 @@ class _Probe:
             except (Throttled, Conflict) as error:
                 wait_s = error.retry_after_s if isinstance(error, Throttled) else None
                 await self._clock.sleep(max(_THROTTLED_PAUSE_S, wait_s or 0.0))
+        return await request()
+
+    async def _again(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request that does no harm when it is applied twice."""
+        for _ in range(_THROTTLED_TRIES):
+            try:
+                return await request()
+            except StoreUnavailable as error:
+                if not error.retriable:
+                    raise
         return await request()
 
     async def _accepts(self, key: str, when: IfAbsent | IfVersion) -> bool:
@@ -195,20 +245,38 @@ def _unsupported(request: str, answer: str, right: str) -> StoreUnsupported:
     )
 
 
+def _unsorted(answer: str, keys: list[str]) -> StoreUnsupported:
+    return StoreUnsupported(
+        f"The store does not list in the order of keys: it answered a listing of {answer} ({', '.join(keys) or 'none'}). "
+        "S3 Express directory buckets are of this kind.",
+    )
+
+
 async def _clean_up(view: PluginStorage, prefix: str, clock: Clock) -> QueueError | None:
     """Delete whatever is under the prefix; returns what is in the way when it cannot be done."""
     problem: QueueError = StoreUnavailable("The probe's objects keep coming back.")
-    # Shielded: a probe that is cancelled still takes its objects away. Bounded by the rounds.
+    seen: list[str] = []
+    failures = 0
+    # Shielded: a probe that is cancelled still takes its objects away. Bounded: a round without progress is a failure.
     with anyio.CancelScope(shield=True):
-        for round_number in range(_CLEANUP_ROUNDS_MAX):
+        while failures < _CLEANUP_FAILURES_MAX:
+            pause_s = 0.0
             try:
                 page = await view.list(prefix)
                 if not page.entries:
                     return None
-                await _delete_each(view, [entry.key for entry in page.entries])
+                keys = [entry.key for entry in page.entries]
+                failures += keys == seen
+                seen = keys
+                await _delete_each(view, keys)
             except QueueError as error:
                 problem = error
-                await clock.sleep(_CLEANUP_PAUSE_S * 2 ** min(round_number, 5))
+                failures += 1
+                pause_s = _CLEANUP_PAUSE_S * 2.0**failures
+                if isinstance(error, Throttled):
+                    pause_s = max(pause_s, _THROTTLED_PAUSE_S)
+            if pause_s:
+                await clock.sleep(pause_s)
     return problem
 
 

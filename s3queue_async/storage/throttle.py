@@ -24,6 +24,8 @@ from s3queue_async.storage.base import (
 _Reply = TypeVar("_Reply")
 
 REWRITE_S = 1.5
+COMPLAINTS_TOGETHER_S = 1.0
+"""The store slows down a client, not the writes of one key, when it refuses two keys within this time."""
 
 # Writes and reads have separate limits on S3 (3,500 and 5,500 a second and prefix); listings are charged apart, too.
 _Kind = Literal["reads", "writes", "lists"]
@@ -133,6 +135,7 @@ class ThrottledStorage:
         self._urgent = urgent
         self._read_retries_max = read_retries_max
         self._written: OrderedDict[str, float] = OrderedDict()
+        self._complaint = ("", -math.inf)
         self._limits: dict[_Kind, RateLimit] = {
             "reads": RateLimit(),
             "writes": RateLimit(),
@@ -194,19 +197,28 @@ class ThrottledStorage:
     async def _once(self, kind: _Kind, operation: str, key: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
         limit = self._limits[kind]
         wait_s = limit.reserve(self._clock.monotonic())
-        if wait_s > 0 and not self._urgent(key):
+        urgent = self._urgent(key)
+        if wait_s > 0 and not urgent:
             await self._clock.sleep(wait_s)
         began_s = self._clock.monotonic()
-        rewritten = kind == "writes" and self._is_rewrite(key, began_s)
+        rewrite = kind == "writes" and self._is_rewrite(key, began_s)
         try:
             return await call()
         except Throttled as error:
             wait_s = 0.0
-            if not rewritten:
-                wait_s = limit.complain(self._clock.monotonic(), began_s=began_s, retry_after_s=error.retry_after_s)
+            now_s = self._clock.monotonic()
+            # What went out without regard to the rate says nothing about it.
+            about_the_key = kind == "writes" and (rewrite or self._is_first_complaint(key, now_s))
+            if error.retry_after_s is not None or not (urgent or about_the_key):
+                wait_s = limit.complain(now_s, began_s=began_s, retry_after_s=error.retry_after_s)
             if self._on_throttled is not None:
                 self._on_throttled(operation, wait_s)
             raise
+
+    def _is_first_complaint(self, key: str, now_s: float) -> bool:
+        """Whether no other key was complained about a moment ago: another process may just have written this one."""
+        before, self._complaint = self._complaint, (key, now_s)
+        return before[0] == key or now_s - before[1] > COMPLAINTS_TOGETHER_S
 
     def _is_rewrite(self, key: str, now_s: float) -> bool:
         """Whether this client wrote the key a moment ago.

@@ -1,4 +1,4 @@
-"""One simulated cluster: a scenario drawn from a seed, run to its end, with everything recorded for the checker."""
+"""One simulated cluster: the scenario of a seed, run to its end, with everything recorded for the checker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -17,160 +17,33 @@ from typing import Any
 import anyio
 import msgspec
 
-from s3queue_async import Context, DeadLetter, QueueError, Release, Retry, S3Queue, Settings
+from s3queue_async import Context, DeadLetter, QueueError, Release, Retry, S3Queue
+from s3queue_async.engine.config import FORMAT_VERSION, QueueConfig
+from s3queue_async.engine.recovery import PROBE_OVER_S
 from s3queue_async.events import EnqueueAmbiguous, LeaseLostEvent, WorkerStarted
-from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
-from s3queue_async.protocol import segment as segments
-from s3queue_async.protocol.layout import SegmentKey
-from tests.simulation.store import LATE_MAX_S, PROFILES, Client, Faults, Profile, Store
+from tests.simulation.history import Disturbance, History, Job, Loss, Run, Sent
+from tests.simulation.scenario import FAULTY_FOR_S, Scenario, draw
+from tests.simulation.store import Client, Store
+from tests.simulation.watch import HEARTBEATS, Watch
 from tests.simulation.world import Process, ProcessClock, World, deterministic_scopes
 
-FAULTY_FOR_S = 240.0
-SCAN_EVERY_S = 5.0
-
-
-class Job(msgspec.Struct, frozen=True):
-    """A message's payload: what its handler is to do, drawn before."""
-
-    number: int
-    kind: str
-    duration_s: float
-    failures: int = 0
+STUTTER_S = 0.4
+"""How long a process that stutters stands still at a time, on average; less than the smallest margin of a lease."""
+LEFT_ALONE = (layout.CONFIG, "plugin/totals/", "plugin/dedup/", layout.DEAD, layout.HISTORY)
+"""What may be left at the end."""
 
 
 @dataclass
-class Run:
-    """One time that a handler ran on a message."""
+class Outcome:
+    """A run's history, and what else is to be told of it."""
 
-    message_id: str
-    number: int
-    process: Process
-    worker_id: str
-    attempt: int
-    token: int
-    started_s: float
-    ended_s: float | None = None
-    outcome: str = ""
-
-
-@dataclass
-class Sent:
-    """One enqueue that was acknowledged."""
-
-    message_id: str
-    job: Job
-    acknowledged_s: float
-    due_s: float
-    dedup_id: str | None
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What a seed means."""
-
-    seed: int
-    profile: Profile
-    settings: Settings
-    workers: int
-    producers: int
-    jobs: tuple[Job, ...]
-    faults: Faults
-    crashes: int
-    pauses: int
-    cuts: int
-    jumps: int
-    terminations: int
-    drift: float
-    page_max: int
-    concurrency: int
-
-    @property
-    def faultless(self) -> bool:
-        return not (self.crashes or self.pauses or self.cuts or self.jumps or self.terminations)
-
-
-@dataclass
-class History:
-    """What happened."""
-
+    history: History
     scenario: Scenario
-    sent: list[Sent] = field(default_factory=list)
-    unknown: list[Job] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    crashed_at: dict[str, float] = field(default_factory=dict)
-    disturbed: list[tuple[float, float, str, str]] = field(default_factory=list)
-    lost: list[tuple[float, str, str]] = field(default_factory=list)
-    ambiguous: set[str] = field(default_factory=set)
-    dead: dict[str, tuple[str, int]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    requests: Counter[str] = field(default_factory=Counter)
-    started_workers: Counter[str] = field(default_factory=Counter)
-    faults_end_s: float = 0.0
-    empty_s: float | None = None
-    leftovers: list[str] = field(default_factory=list)
     simulated_s: float = 0.0
     takeovers: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
     trace: list[str] = field(default_factory=list)
-
-
-def draw(seed: int) -> Scenario:
-    """The scenario of a seed."""
-    rng = Random(f"scenario {seed}")
-    severity = rng.choice((0.0, 0.0, 0.3, 1.0, 3.0))
-
-    def chance(most: float) -> float:
-        return rng.uniform(0, most) * severity if rng.random() < 0.7 else 0.0
-
-    faults = Faults(
-        lost_request=chance(0.03),
-        lost_reply=chance(0.03),
-        late=chance(0.03),
-        repeated=chance(0.03),
-        throttled=chance(0.03),
-        server_error=chance(0.02),
-        error_after_applying=chance(0.02),
-        conflict=chance(0.05),
-        slow=chance(0.02),
-    )
-    visibility_s = rng.choice((6.0, 10.0, 30.0))
-    settings = Settings(
-        visibility_timeout=visibility_s,
-        heartbeat_interval=visibility_s / 3,
-        max_poll_interval=rng.choice((1.0, 5.0)),
-        segment_messages_max=rng.choice((1, 4, 16, 256)),
-        split_after=rng.choice((None, 0.5, 2.0)),
-        checkpoint_interval=rng.choice((0.5, 5.0)),
-        backoff_base=rng.choice((0.2, 1.0)),
-        max_attempts=rng.choice((2, 3, 5)),
-        drain_timeout=rng.choice((1.0, 10.0)),
-        retain_completed=rng.choice((None, None, 3600.0)),
-    )
-    process_faults = rng.random() < 0.7
-    jobs = []
-    for number in range(rng.randint(3, 40)):
-        kind = rng.choices(
-            ("ok", "fails", "retry", "dead", "release", "poison"), (70, 10, 5, 3, 4, 2 if process_faults else 0)
-        )[0]
-        duration_s = rng.choice((0.0, 0.01, 0.3, 2.0, rng.uniform(0, 12.0)))
-        jobs.append(Job(number, kind, duration_s, rng.randint(1, settings.max_attempts - 1)))
-    return Scenario(
-        seed=seed,
-        profile=rng.choice(PROFILES),
-        settings=settings,
-        workers=rng.randint(1, 4),
-        producers=rng.randint(1, 2),
-        jobs=tuple(jobs),
-        faults=faults,
-        crashes=rng.randint(0, 4) if process_faults else 0,
-        pauses=rng.randint(0, 3) if process_faults else 0,
-        cuts=rng.randint(0, 2) if process_faults else 0,
-        jumps=rng.randint(0, 1) if process_faults else 0,
-        terminations=rng.randint(0, 2) if process_faults else 0,
-        drift=rng.uniform(-4e-4, 4e-4),
-        page_max=rng.choice((2, 7, 1000)),
-        concurrency=rng.choice((1, 3, 8)),
-    )
 
 
 class Cluster:
@@ -186,9 +59,17 @@ class Cluster:
             scenario.faults,
             rng=Random(f"store {scenario.seed}"),
             page_max=scenario.page_max,
+            conditional_delete=scenario.conditional_delete,
         )
-        self.history = History(scenario)
+        self.history = History(scenario.settings, faultless=scenario.faultless)
+        self.watch = Watch(self.store, self.history)
+        if not scenario.is_new:
+            fixed = scenario.settings
+            config = QueueConfig("", FORMAT_VERSION, scenario.conditional_delete, fixed.segment_age, fixed.claim_linger)
+            self.store.put(layout.CONFIG, msgspec.json.encode(config), None, 0.0)
         self.processes: list[Process] = []
+        self.living: dict[str, str] = {}
+        self.ending = False
         self.released: Counter[int] = Counter()
         self.failed: Counter[int] = Counter()
 
@@ -217,10 +98,12 @@ class Cluster:
 
         def on_lost(event: LeaseLostEvent) -> None:
             self.world.note(f"{process} lost {event.worker_id}: {event.reason} {event.message_ids}")
-            self.history.lost.append((self.world.time(), str(process), event.worker_id))
+            self.history.lost.append(Loss(self.world.time(), str(process), event.worker_id, event.reason))
+            if self.history.lost[-1].of_the_worker:
+                self.living.pop(str(process), None)
 
         queue.on("lease.lost", on_lost)
-        queue.on(WorkerStarted.name, lambda event: self.history.started_workers.update([event.worker_id]))
+        queue.on(WorkerStarted.name, lambda event: self.living.update({str(process): event.worker_id}))
         queue.on(EnqueueAmbiguous.name, lambda event: self.history.ambiguous.update(event.message_ids))
         return queue
 
@@ -228,11 +111,7 @@ class Cluster:
         while not process.stop.is_set():
             try:
                 async with self.queue(process) as queue:
-
-                    @queue.handler(concurrency=self.scenario.concurrency)
-                    async def handle(job: Job, context: Context) -> str:
-                        return await self.handle(process, job, context)
-
+                    self._work(queue, process)
                     await process.stop.wait()
                     self.world.note(f"{process} drains")
             except QueueError as error:
@@ -240,11 +119,16 @@ class Cluster:
                 await anyio.sleep(1.0)
         self.world.note(f"{process} ends")
 
+    def _work(self, queue: S3Queue[Job], process: Process) -> None:
+        @queue.handler(concurrency=self.scenario.concurrency)
+        async def handle(job: Job, context: Context) -> str:
+            return await self.handle(process, job, context)
+
     async def handle(self, process: Process, job: Job, context: Context) -> str:
         run = Run(
             context.message_id,
             job.number,
-            process,
+            str(process),
             context.worker_id,
             context.attempt,
             context.token,
@@ -282,6 +166,8 @@ class Cluster:
         while True:
             try:
                 async with self.queue(process) as queue:
+                    if self.scenario.producers_work:
+                        self._work(queue, process)
                     await self._produce(queue, jobs)
                 return
             except QueueError as error:
@@ -303,9 +189,7 @@ class Cluster:
                     ids = await queue.enqueue_many(together, **options)
                 except QueueError as error:
                     self.world.note(f"enqueue_many failed: {error}")
-                    known: list[str] = getattr(error, "enqueued_ids", [])
-                    self.history.unknown.extend(together[len(known) :])
-                    ids = known
+                    ids = getattr(error, "enqueued_ids", [])
                 for job, message_id in zip(together, ids, strict=False):
                     self._acknowledged(job, message_id, due_s, None)
                 continue
@@ -322,7 +206,6 @@ class Cluster:
             except QueueError as error:
                 self.world.note(f"enqueue of {job.number} failed: {error}")
                 if dedup_id is None or attempt == 2:
-                    self.history.unknown.append(job)
                     return
             else:
                 self._acknowledged(job, message_id, due_s, dedup_id)
@@ -343,34 +226,31 @@ class Cluster:
             self.world.later(self.rng.uniform(0.1, 10.0), self._restart)
 
     def _restart(self) -> None:
+        if self.ending:
+            return
         self.spawn("worker", self.worker)
 
     async def disturb(self) -> None:
-        """Everything that happens to processes, at times drawn before."""
+        """Everything that happens to processes, at times drawn before; over once there is nothing left to do."""
         scenario, rng = self.scenario, self.rng
         deeds: list[tuple[float, str]] = []
-        for deed, count in (
-            ("crash", scenario.crashes),
-            ("pause", scenario.pauses),
-            ("cut", scenario.cuts),
-            ("jump", scenario.jumps),
-            ("terminate", scenario.terminations),
-        ):
-            deeds += [(rng.uniform(0.5, FAULTY_FOR_S * rng.random()), deed) for _ in range(count)]
+        for deed, count in scenario.deeds.items():
+            deeds += [(rng.uniform(0.5, scenario.deeds_within_s), deed) for _ in range(count)]
         if scenario.faults.throttled and rng.random() < 0.5:
             deeds.append((rng.uniform(1, FAULTY_FOR_S / 2), "storm"))
         deeds.sort()
         began = self.world.time()
         for at_s, deed in deeds:
             await anyio.sleep(max(0.0, began + at_s - self.world.time()))
-            await self._do(deed)
-        await anyio.sleep(max(0.0, began + FAULTY_FOR_S - self.world.time()))
+            self._do(deed)
+        while self.world.time() < began + FAULTY_FOR_S and not self._is_done():
+            await self._second()
 
-    async def _do(self, deed: str) -> None:
+    def _do(self, deed: str) -> None:
         rng, faults = self.rng, self.scenario.faults
         alive = [process for process in self.processes if process.runs and not process.stop.is_set()]
         if deed == "storm":
-            faults.counts[deed] += 1
+            faults.counts["storm of 503"] += 1
             faults.storm_until = self.world.time() + rng.uniform(5, 40)
             return
         workers = [process for process in alive if process.name.startswith("worker")]
@@ -378,8 +258,12 @@ class Cluster:
             return
         faults.counts[deed] += 1
         process = rng.choice(workers if deed == "terminate" or rng.random() < 0.8 else alive)
-        for_s = rng.choice((1.0, self.scenario.settings.visibility_timeout, rng.uniform(1, 100.0)))
+        visibility_s = self.scenario.settings.visibility_timeout
+        for_s = rng.choice((1.0, visibility_s, rng.uniform(1.0, 3 * visibility_s)))
         now = self.world.time()
+        if deed not in ("crash", "terminate"):
+            self.history.disturbed.append(Disturbance(now, now + for_s, str(process), deed))
+            self.world.note(f"{process}: {deed} for {for_s:.1f} s")
         if deed == "crash":
             self.crash(process)
         elif deed == "terminate":
@@ -387,22 +271,36 @@ class Cluster:
             process.stop.set()
             self.world.later(rng.uniform(0.1, 20.0), self._restart)
         elif deed == "jump":
-            self.world.note(f"{process}'s clock jumps by {for_s:.1f} s")
             process.offset_s += for_s
-            self.history.disturbed.append((now, now, str(process), deed))
-        elif deed == "pause":
-            process.pause()
-            self.history.disturbed.append((now, now + for_s, str(process), deed))
+        elif deed in ("pause", "suspend"):
+            process.pause(clock_stands=deed == "suspend")
             self.world.later(for_s, process.resume)
+        elif deed == "stutter":
+            self._stutter(process, now + for_s)
         elif deed == "cut":
+            self._cut(process, for_s)
+
+    def _stutter(self, process: Process, until_s: float) -> None:
+        """Stand still again and again, as on a machine with too much to do."""
+        if self.world.time() >= until_s or not process.runs:
+            return
+        process.paused = True
+        stands_s = STUTTER_S * self.rng.uniform(0.2, 1.8)
+        self.world.later(stands_s, process.resume)
+        self.world.later(stands_s + self.rng.uniform(0.0, 0.5), lambda: self._stutter(process, until_s))
+
+    def _cut(self, process: Process, for_s: float) -> None:
+        """Cut a process off from the store, both ways or only on the way back."""
+        if self.rng.random() < 0.5:
             process.cut_off = True
-            self.world.note(f"{process} is cut off for {for_s:.1f} s")
-            self.history.disturbed.append((now, now + for_s, str(process), deed))
+        else:
+            process.deaf = True
+            self.scenario.faults.counts["cut on the way back only"] += 1
 
-            def mend() -> None:
-                process.cut_off = False
+        def mend() -> None:
+            process.cut_off = process.deaf = False
 
-            self.world.later(for_s, mend)
+        self.world.later(for_s, mend)
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
@@ -415,22 +313,20 @@ class Cluster:
             self.spawn("producer", partial(self.producer, jobs=jobs))
         for _ in range(scenario.workers):
             self.spawn("worker", self.worker)
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._scan)
-            await self.disturb()
-            await self._recover()
-            group.cancel_scope.cancel()
+        await self.disturb()
+        await self._recover()
         await self._end()
         return self.history
 
     async def _recover(self) -> None:
         """The faults are over: everything must become empty in bounded time."""
-        scenario, history = self.scenario, self.history
+        scenario = self.scenario
         scenario.faults.active = False
-        history.faults_end_s = self.world.time()
+        ended_s = self.world.time()
         for process in self.processes:
-            process.cut_off = False
+            process.cut_off = process.deaf = False
             process.resume()
+        self.history.disturbed = [replace(done, until_s=min(done.until_s, ended_s)) for done in self.history.disturbed]
         self.world.note("the faults are over")
         settings = scenario.settings
         longest_s = max(job.duration_s for job in scenario.jobs)
@@ -440,13 +336,21 @@ class Cluster:
             + (longest_s + 5.0) * len(scenario.jobs)
             + 120.0
         )
-        while self.world.time() < history.faults_end_s + bound_s:
-            await anyio.sleep(2.0)
-            producing = any(p.alive and p.name.startswith("producer") and not p.tasks[0].done() for p in self.processes)
-            if not producing and not self._live_keys():
-                history.empty_s = self.world.time()
+        while not self._is_done():
+            if self.world.time() > ended_s + bound_s:
+                self.history.problems.append(
+                    f"not empty {bound_s:.0f} s after the faults ended: {self._live_keys()[:5]}"
+                )
                 return
-        history.problems.append(f"not empty {bound_s:.0f} s after the faults ended: {self._live_keys()[:5]}")
+            await self._second()
+
+    async def _second(self) -> None:
+        await anyio.sleep(1.0)
+
+    def _is_done(self) -> bool:
+        """Whether everything was enqueued, and nothing is left to handle."""
+        producing = any(process.name.startswith("producer") for process in self._running())
+        return not producing and not self._live_keys()
 
     def _live_keys(self) -> list[str]:
         return [key for key in self.store.objects if key.startswith((layout.READY, layout.DELAYED))]
@@ -454,14 +358,19 @@ class Cluster:
     async def _end(self) -> None:
         """Let sweeps do their work, end every process in order, and look at what is left."""
         settings = self.scenario.settings
-        await anyio.sleep(LATE_MAX_S + 4 * settings.visibility_timeout + 2 * settings.claim_linger)
+        bound_s = PROBE_OVER_S + 4 * settings.visibility_timeout + 2 * settings.claim_linger
+        # Who has just lost its lease, or is just being fenced, is to find out first.
+        await anyio.sleep(settings.heartbeat_interval)
+        give_up_at = max(self.world.time(), self.store.landing_until) + bound_s
+        while self.world.time() < give_up_at and not self._is_swept():
+            await self._second()
         self._collect_dead()
+        self.ending = True
         for process in self.processes:
             process.stop.set()
-        running = [p.tasks[0] for p in self.processes if p.alive]
-        await asyncio.wait(running, timeout=120.0)
-        stuck = [str(p) for p in self.processes if p.alive and not p.tasks[0].done()]
-        if stuck:
+        if running := [process.tasks[0] for process in self._running()]:
+            await asyncio.wait(running, timeout=120.0)
+        if stuck := self._running():
             self.history.problems.append(f"processes did not end: {stuck}")
         for process in self.processes:
             if process.alive and process.tasks[0].done() and process.tasks[0].exception() is not None:
@@ -470,72 +379,48 @@ class Cluster:
                     failure = failure.exceptions[0]
                 where = "".join(traceback.format_exception(failure)[-3:])
                 self.history.problems.append(f"{process} failed: {failure!r} {where}")
-        allowed: tuple[str, ...] = (layout.CONFIG, "plugin/totals/", "plugin/dedup/", layout.DEAD, layout.HISTORY)
-        if self.scenario.faults.counts["late write"] or self.scenario.faults.counts["repeated write"]:
+        self.history.leftovers = self._leftovers()
+
+    def _running(self) -> list[Process]:
+        return [process for process in self.processes if process.alive and not process.tasks[0].done()]
+
+    def _is_swept(self) -> bool:
+        """Whether no write is under way any more, and nothing is left but the heartbeats of those who live."""
+        living = {f"{HEARTBEATS}{self.living.get(str(process))}" for process in self._running()}
+        left = set(self._leftovers()) - living
+        return self.world.time() > self.store.landing_until and not left
+
+    def _leftovers(self) -> list[str]:
+        allowed: tuple[str, ...] = LEFT_ALONE
+        counts = self.scenario.faults.counts
+        if counts["late write"] or counts["repeated write"] or counts["slow reply"]:
             # A write of the probe that lands after the probe cleaned up.
             allowed = (*allowed, "plugin/probe/")
-        self.history.leftovers = [key for key in self.store.objects if not key.startswith(allowed)]
-        self.history.requests = self.store.requests
-        self.history.takeovers = self.store.takeovers
+        return [key for key in self.store.objects if not key.startswith(allowed)]
 
     def _collect_dead(self) -> None:
-        for key, found in list(self.store.objects.items()):
-            if key.startswith(layout.DEAD):
-                for record in segments.decode(key, found.body).index.records:
-                    reason = record.failure.reason if record.failure else ""
-                    self.history.dead[record.id] = (reason, record.attempts)
-
-    async def _scan(self) -> None:
-        """One live copy of each message at each look (invariant 3)."""
-        while True:
-            await anyio.sleep(SCAN_EVERY_S)
-            copies: dict[str, list[str]] = {}
-            for key, found in self.store.objects.items():
-                if key.startswith((layout.READY, layout.DELAYED, layout.DEAD)):
-                    for message_id in self._live_in(key, found.body, found.modified_s):
-                        copies.setdefault(message_id, []).append(key)
-            for message_id, keys in copies.items():
-                if len(keys) > 1 and message_id not in self.history.ambiguous:
-                    self.history.problems.append(f"{message_id} is live in {keys} at {self.world.time() - 1000:.1f}")
-
-    def _live_in(self, key: str, body: bytes, modified_s: float) -> list[str]:
-        parsed = SegmentKey.parse(key)
-        if segments.is_void(parsed.created_ms, modified_s, self.scenario.settings.segment_age):
-            return []
-        index = segments.decode(key, body).index
-        ended: set[int] = set()
-        own = self.store.objects.get(parsed.claim)
-        if own is not None:
-            ended = claims.decode(parsed.claim, own.body).ended()
-        if index.parent is not None and index.parent in self.store.objects:
-            parent = self.store.objects.get(SegmentKey.parse(index.parent).claim)
-            moves = [] if parent is None else claims.decode(index.parent, parent.body).moves
-            # While its parent is there, a moved copy lives from the moment at which the parent's claim gave its
-            # messages away; a key that the claim does not name any more never will.
-            if not any(move.key == key for move in moves):
-                return []
-        return [
-            record.id for number, record in enumerate(index.records) if number not in ended and record.dedup_id is None
-        ]
+        for record in self.watch.records(layout.DEAD):
+            reason = record.failure.reason if record.failure else ""
+            self.history.dead[record.id] = (reason, record.attempts)
 
 
-def simulate(seed: int, *, prepare: Callable[[Cluster], None] | None = None) -> History:
+def simulate(seed: int, *, prepare: Callable[[Cluster], None] | None = None) -> Outcome:
     """Run the scenario of a seed."""
     logging.disable(logging.CRITICAL)
     deterministic_scopes()
     scenario = draw(seed)
     world = World(seed)
-    history: History
+    cluster = Cluster(scenario, world)
+    # Collected at the end, not in the middle of a run, where it would finish tasks of crashed processes.
+    gc.disable()
+    gc.freeze()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             asyncio.set_event_loop(world)
-            cluster = Cluster(scenario, world)
             if prepare is not None:
                 prepare(cluster)
             history = world.run_until_complete(cluster.run())
-            history.simulated_s = world.time() - 1000.0
-            history.trace = world.trace
         finally:
             for task in asyncio.all_tasks(world):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -546,5 +431,7 @@ def simulate(seed: int, *, prepare: Callable[[Cluster], None] | None = None) -> 
             world.graveyard.clear()
             world.close()
             gc.collect()
+            gc.enable()
             asyncio.set_event_loop(None)
-    return history
+    store = cluster.store
+    return Outcome(history, scenario, world.time() - 1000.0, store.takeovers, store.requests, world.trace)

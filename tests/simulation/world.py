@@ -67,10 +67,14 @@ class World(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         ready = self._due()
-        runnable = [handle for handle in ready if self._may_run(handle)]
+        if len(ready) == 1:
+            handle = ready.popleft()
+            if self._may_run(handle):
+                handle._run()
+            return
+        runnable = list(ready)
         ready.clear()
-        if len(runnable) > 1:
-            self.rng.shuffle(runnable)
+        self.rng.shuffle(runnable)
         for handle in runnable:
             # One that ran before may have cancelled this one, or ended or paused its process.
             if self._may_run(handle):
@@ -94,10 +98,10 @@ class World(asyncio.SelectorEventLoop):
 
     def _may_run(self, handle: Any) -> bool:
         """Whether a callback runs now; those of a paused process are kept for later, those of a dead one for ever."""
-        if handle.cancelled():
+        if handle._cancelled:
             return False
         process = handle._context.get(PROCESS)
-        if process is None or process.runs:
+        if process is None or (process.alive and not process.paused):
             return True
         (process.held_back if process.alive else self.graveyard).append(handle)
         return False
@@ -112,11 +116,13 @@ class Process:
         self.alive = True
         self.paused = False
         self.cut_off = False
+        self.suspended_at: float | None = None
         self.held_back: list[Any] = []
         self.drift = drift
         self.offset_s = 0.0
         self.tasks: list[asyncio.Task[Any]] = []
         self.stop = anyio.Event()
+        self.deaf = False
 
     def __repr__(self) -> str:
         return self.name
@@ -140,13 +146,19 @@ class Process:
             self.world.note(f"{self} crashes")
             self.held_back.clear()
 
-    def pause(self) -> None:
-        self.paused = True
-        self.world.note(f"{self} is paused")
+    def pause(self, *, clock_stands: bool = False) -> None:
+        """Stand still, as after SIGSTOP; or with the clock, as a machine that was suspended."""
+        if not self.paused:
+            self.paused = True
+            self.suspended_at = self.world.time() if clock_stands else None
+            self.world.note(f"{self} is {'suspended' if clock_stands else 'paused'}")
 
     def resume(self) -> None:
         if self.paused:
             self.paused = False
+            if self.suspended_at is not None:
+                self.offset_s -= (self.world.time() - self.suspended_at) * (1 + self.drift)
+                self.suspended_at = None
             self.world.note(f"{self} is resumed")
             if self.alive:
                 held, self.held_back = self.held_back, []

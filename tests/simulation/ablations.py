@@ -1,0 +1,573 @@
+"""Single safeguards of the engine, each of which can be switched off: without it the simulation must find a failure.
+
+Some are rules of the protocol, others undo the repair of a bug that the simulation found. They are patches of the
+engine's functions, applied by tests alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+import pytest
+
+from s3queue_async.engine import claimer, producer, recovery, registry, session, settler, shared, writing
+from s3queue_async.engine.dedup import Deduplicator
+from s3queue_async.errors import QueueError
+from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.settings import Settings
+from s3queue_async.storage import probe, throttle
+from s3queue_async.storage.base import Conflict, IfVersion, NotFound, Stored, Superseded
+from s3queue_async.storage.swap import swap
+
+FOREVER_S = 1e9
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A safeguard, and how to do without it."""
+
+    name: str
+    safeguard: str
+    remove: Callable[[Patch], None]
+
+
+ABLATIONS: dict[str, Ablation] = {}
+
+
+def ablation(safeguard: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    """Register what removes this safeguard."""
+
+    def register(remove: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        name = remove.__name__.replace("_", "-")
+        ABLATIONS[name] = Ablation(name, safeguard, remove)
+        return remove
+
+    return register
+
+
+async def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+# -- compare-and-swap ----------------------------------------------------------------------------------------------
+
+
+class _Unrecognisable:
+    """A storage whose reads never show the very bytes that were written (a blank more: the same to a decoder)."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def get(self, key: str, **options: Any) -> Any:
+        found = await self._inner.get(key, **options)
+        return dataclasses.replace(found, body=found.body + b" ") if isinstance(found, Stored) else found
+
+
+@ablation("After a 412 the object is read: its nonce shows whether the write was one's own")
+def own_write_check(patch: Patch) -> None:
+    async def blind(storage: Any, key: str, body: bytes, **options: Any) -> Any:
+        return await swap(_Unrecognisable(storage), key, body, **options)
+
+    patch.setattr(shared, "swap", blind)
+
+
+@ablation("409 on a create is tried again, and read again before an update")
+def conflict_is_no_verdict(patch: Patch) -> None:
+    class Hasty(_Unrecognisable):
+        async def put(self, key: str, body: bytes, **options: Any) -> Any:
+            try:
+                return await self._inner.put(key, body, **options)
+            except Conflict as error:
+                raise Superseded(key, None) from error
+
+        async def get(self, key: str, **options: Any) -> Any:
+            return await self._inner.get(key, **options)
+
+    async def hasty(storage: Any, key: str, body: bytes, **options: Any) -> Any:
+        return await swap(Hasty(storage), key, body, **options)
+
+    patch.setattr(shared, "swap", hasty)
+
+
+@ablation("A claim's holder that finds its own earlier, unanswered write goes on from there")
+def own_claim_adoption(patch: Patch) -> None:
+    async def swap_once(self: Any, held: Any, change: Any) -> None:
+        self._lease.check()
+        claim = change(held.claim)
+        held.version = await self._shared.swap(
+            held.key.claim, claims.encode(claim), when=IfVersion(held.version), deadline_s=self._lease.trust_left_s
+        )
+        held.claim = claim
+
+    patch.setattr(settler.Settler, "_write_claim", swap_once)
+
+
+# -- claims --------------------------------------------------------------------------------------------------------
+
+
+@ablation("A claim outlives its segment by `claim_linger`")
+def claim_linger(patch: Patch) -> None:
+    original = settler.Settler.let_linger
+
+    def at_once(self: Any, key: Any, held: Any = None) -> None:
+        original(self, key, held)
+        last = self._linger.pop()
+        self._linger.append(msgspec.structs.replace(last, until=0.0))
+
+    patch.setattr(settler.Settler, "let_linger", at_once)
+    patch.setattr(session, "LINGER_SWEEP_S", 0.05)
+
+
+@ablation("A claim whose reply came late is good only after another look at the segment")
+def second_look(patch: Patch) -> None:
+    patch.setattr(Settings, "claim_trust", property(lambda self: FOREVER_S))
+
+
+@ablation("A segment that landed later than `segment_age` is void")
+def void_rule(patch: Patch) -> None:
+    patch.setattr(segments, "is_void", lambda *args: False)
+
+
+@ablation("A claim that its owner's younger heartbeat does not name is anybody's")
+def abandonment_rule(patch: Patch) -> None:
+    patch.setattr(registry.Registry, "is_abandoned", lambda *args: False)
+
+
+@ablation("A heartbeat names what its worker tries to claim, not only what it holds")
+def names_of_claims_under_way(patch: Patch) -> None:
+    original = session.Session._vitals
+
+    def forgetful(self: Any) -> Any:
+        vitals = original(self)
+        return msgspec.structs.replace(vitals, held=sorted({*self.held, *self.settler.revivable()}))
+
+    patch.setattr(session.Session, "_vitals", forgetful)
+
+
+@ablation("A moved segment runs only when its parent is gone, or shows the move as applied")
+def parent_check(patch: Patch) -> None:
+    async def always(*args: Any) -> bool:
+        return True
+
+    patch.setattr(claimer.Claimer, "_parent_allows", always)
+
+
+@ablation("A claim is given back only if it is still one's own")
+def conditional_give_back(patch: Patch) -> None:
+    async def delete(self: Any, held: Any) -> None:
+        await self._shared.insist(
+            lambda: self._shared.storage.delete(held.key.claim), while_true=lambda: self._lease.trusted
+        )
+
+    patch.setattr(settler.Settler, "_delete_own_claim", delete)
+
+
+@ablation("Each owner's fencing token is higher than the last one's")
+def token_growth(patch: Patch) -> None:
+    original = claims.take
+
+    def same(claim: Any, **options: Any) -> Any:
+        return msgspec.structs.replace(original(claim, **options), token=claim.token)
+
+    patch.setattr(claims, "take", same)
+
+
+@ablation("Messages that were in hand when a worker was lost run alone")
+def isolation(patch: Patch) -> None:
+    patch.setattr(claims.Claim, "isolated", lambda self, index: False)
+
+
+@ablation("In isolation each start is recorded before it happens")
+def recorded_starts(patch: Patch) -> None:
+    patch.setattr(settler.Settler, "record_start", _nothing)
+
+
+@ablation("The highest priority is claimed first")
+def priorities(patch: Patch) -> None:
+    def oldest_first(self: Any, found: list[Any]) -> list[Any]:
+        return sorted(found, key=lambda candidate: candidate.key.ulid)
+
+    patch.setattr(claimer.Claimer, "_ranked", oldest_first)
+
+
+@ablation("A delayed segment is claimed only when it is due by the store's clock")
+def due_times(patch: Patch) -> None:
+    original = layout.due_bound
+    patch.setattr(layout, "due_bound", lambda time_ms: original(time_ms + 10_000))
+
+
+# -- leases --------------------------------------------------------------------------------------------------------
+
+
+@ablation("Whoever takes over fences the owner first, by compare-and-swap on its heartbeat")
+def fencing(patch: Patch) -> None:
+    async def over(self: Any, peer: Any) -> bool:
+        # So that nothing is left behind: a heartbeat that has been over for very long is deleted.
+        if self.lease_left_s(peer) < -3 * peer.heartbeat.ttl_s:
+            await self._bury(peer)
+        return True
+
+    patch.setattr(registry.Registry, "_fence", over)
+
+
+@ablation("A worker stops by its own clock when its lease was not renewed")
+def trust_window(patch: Patch) -> None:
+    original = registry.Lease._beat
+
+    async def trusting(self: Any, when: Any) -> None:
+        await original(self, when)
+        self._trusted_until = float("inf")
+
+    patch.setattr(registry.Lease, "_beat", trusting)
+
+
+@ablation("A margin lies between the end of a worker's trust and the moment from which others take over")
+def lease_margin(patch: Patch) -> None:
+    patch.setattr(Settings, "lease_margin", property(lambda self: 0.0))
+
+
+@ablation("Heartbeats are written by compare-and-swap")
+def heartbeat_condition(patch: Patch) -> None:
+    original = shared.Shared.swap
+
+    async def careless(self: Any, key: str, body: bytes, **options: Any) -> str:
+        if b'"state":"alive"' in body:
+            written = await self.workers.put(key, body)
+            return str(written.version)
+        return await original(self, key, body, **options)
+
+    patch.setattr(shared.Shared, "swap", careless)
+
+
+@ablation("A worker recognises an earlier heartbeat of its own that landed unanswered")
+def own_heartbeat_adoption(patch: Patch) -> None:
+    original = registry.Lease._beat
+
+    async def forgetful(self: Any, when: Any) -> None:
+        self._unanswered.clear()
+        await original(self, when)
+
+    patch.setattr(registry.Lease, "_beat", forgetful)
+
+
+@ablation("A heartbeat is dated by what the store's replies said, not by the local clock")
+def heartbeat_dates(patch: Patch) -> None:
+    patch.setattr(shared.StoreTime, "seen", shared.StoreTime.earliest)
+
+
+@ablation("A lease is over by the dates of the store's replies, not by the local clock alone")
+def certain_time(patch: Patch) -> None:
+    patch.setattr(shared.StoreTime, "certain", shared.StoreTime.earliest)
+
+
+@ablation("A worker that leaves deletes its heartbeat")
+def farewell(patch: Patch) -> None:
+    patch.setattr(session.Session, "_farewell", _nothing)
+
+
+@ablation("The heartbeat of a fenced worker is deleted")
+def burial(patch: Patch) -> None:
+    patch.setattr(registry.Registry, "_bury", _nothing)
+
+
+# -- settlements ---------------------------------------------------------------------------------------------------
+
+
+@ablation("A move is recorded in the claim before the new segment is written")
+def intent_before_move(patch: Patch) -> None:
+    original = settler.Settler._write_claim
+
+    async def late(self: Any, held: Any, change: Any) -> None:
+        before, claim = held.claim, change(held.claim)
+        if len(claim.pending_moves()) > len(before.pending_moves()):
+            held.claim = claim
+            try:
+                await self._apply_all(held)
+            finally:
+                held.claim = before
+        await original(self, held, lambda _: claim)
+
+    patch.setattr(settler.Settler, "_write_claim", late)
+
+
+@ablation("A move that is known to be written is never written again")
+def applied_moves(patch: Patch) -> None:
+    patch.setattr(claims.Claim, "pending_moves", lambda self: list(self.moves))
+
+
+@ablation("What is still to be written is read off the claim after a rename whose reply was lost")
+def moves_read_off_the_claim(patch: Patch) -> None:
+    async def apply_all(self: Any, held: Any) -> set[str]:
+        written: set[str] = set()
+        pending = held.claim.pending_moves()
+        while pending:
+            late = []
+            for move in pending:
+                if await self._apply(held, move):
+                    written.add(move.key)
+                else:
+                    late.append(move)
+            renamed = {move.key: self._renamed(move) for move in late}
+            if renamed:
+                await self._write_claim(held, partial(settler._rekeyed, renamed=renamed, nonce=self._shared.nonce))
+            pending = [msgspec.structs.replace(move, key=renamed[move.key]) for move in late]
+        return written
+
+    patch.setattr(settler.Settler, "_apply_all", apply_all)
+
+
+@ablation("All moves are written before the segment is deleted")
+def moves_before_delete(patch: Patch) -> None:
+    original = settler.Settler._apply_all
+
+    async def after(self: Any, held: Any) -> set[str]:
+        if held.complete:
+            await self._delete([held.key.text])
+        return await original(self, held)
+
+    patch.setattr(settler.Settler, "_apply_all", after)
+
+
+@ablation("When a settled segment is gone, all that moved out of it was written")
+def gone_means_moved(patch: Patch) -> None:
+    async def never(*args: Any) -> bool:
+        return False
+
+    patch.setattr(settler.Settler, "_is_gone", never)
+
+
+@ablation("A worker that stood still while a start was recorded does not begin it after its lease")
+def second_look_at_the_lease(patch: Patch) -> None:
+    async def started(self: Any, held: Any, index: int) -> bool:
+        try:
+            await self.settler.record_start(held, index)
+        except QueueError as error:
+            self.feed.done(held)
+            self.settler.lose(held, str(error))
+            self.slot_free()
+            return False
+        return True
+
+    patch.setattr(session.Session, "started_alone", started)
+
+
+@ablation("The segment is deleted before its claim")
+def delete_order(patch: Patch) -> None:
+    original = settler.Settler._delete
+
+    async def claims_first(self: Any, keys: list[str]) -> None:
+        ended = [SegmentKey.parse(key).claim for key in keys if not key.startswith(layout.CLAIMS)]
+        if ended:
+            await self._shared.storage.delete_many(ended)
+        await original(self, keys)
+
+    patch.setattr(settler.Settler, "_delete", claims_first)
+
+
+@ablation("Only one lane at a time settles a segment")
+def one_settlement_at_a_time(patch: Patch) -> None:
+    class Open:
+        async def __aenter__(self) -> None:
+            return None
+
+        async def __aexit__(self, *error: object) -> None:
+            return None
+
+    def submit(self: Any, held: Any) -> None:
+        if not held.queued and not held.ended and held.lost is None:
+            held.queued = True
+            self._queue.append(held)
+            self._arrived.set()
+
+    patch.setattr(settler.Settler, "submit", submit)
+    patch.setattr("s3queue_async.engine.held.anyio.Lock", Open)
+
+
+# -- late copies ---------------------------------------------------------------------------------------------------
+
+
+@ablation("A heartbeat names ended segments that a late write may bring back")
+def names_of_ended_segments(patch: Patch) -> None:
+    patch.setattr(settler.Settler, "revivable", lambda self: [])
+
+
+@ablation("A young segment is deleted once more before its claim goes")
+def second_delete(patch: Patch) -> None:
+    original = settler.Settler.let_linger
+
+    def once(self: Any, key: Any, held: Any = None) -> None:
+        original(self, key, held)
+        last = self._linger.pop()
+        self._linger.append(msgspec.structs.replace(last, revivable=""))
+
+    patch.setattr(settler.Settler, "let_linger", once)
+
+
+@ablation("A segment that is younger than the last word in its claim is not run")
+def date_of_a_late_copy(patch: Patch) -> None:
+    patch.setattr(claimer, "LEASE_MARGIN_MAX_S", FOREVER_S)
+
+
+@ablation("A worker does not take again what it has just ended")
+def memory_of_the_ended(patch: Patch) -> None:
+    patch.setattr(session.Session, "_known", lambda self, name: name in self.held)
+
+
+@ablation("A worker that leaves says of the young segments that it ended that they are finished")
+def disowned_segments(patch: Patch) -> None:
+    patch.setattr(settler.Settler, "disown_ended", _nothing)
+
+
+# -- enqueue and deduplication -------------------------------------------------------------------------------------
+
+
+@ablation("An enqueue returns only when its segment is durable")
+def durable_before_acknowledged(patch: Patch) -> None:
+    original = writing.put_segment
+
+    async def hopeful(shared_: Any, key: Any, body: bytes, **options: Any) -> writing.Fate:
+        def give_up(error: BaseException) -> None:
+            raise error
+
+        try:
+            return await original(shared_, key, body, **{**options, "give_up": give_up})
+        except Exception:  # noqa: BLE001 - to take any failure for a success is the point here
+            return writing.Fate.WRITTEN
+
+    patch.setattr(producer, "put_segment", hopeful)
+
+
+@ablation("A missing segment whose claim is there was written, and run")
+def claim_shows_the_write(patch: Patch) -> None:
+    original = writing.look
+
+    class Unclaimed(_Unrecognisable):
+        async def get(self, key: str, **options: Any) -> Any:
+            if key.startswith(layout.CLAIMS):
+                raise NotFound(key)
+            return await self._inner.get(key, **options)
+
+    class View:
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+            self.storage = Unclaimed(inner.storage)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    async def blind(shared_: Any, key: Any, body: bytes) -> Any:
+        view: Any = View(shared_)
+        return await original(view, key, body)
+
+    patch.setattr(writing, "look", blind)
+
+
+@ablation("That a segment was not written is certain only once it is too old to land")
+def old_enough_to_decide(patch: Patch) -> None:
+    original = writing.look
+
+    async def hasty(shared_: Any, key: Any, body: bytes) -> Any:
+        return await original(shared_, key, body) or writing.Fate.NOT_WRITTEN
+
+    patch.setattr(writing, "look", hasty)
+
+
+@ablation("Deduplication: the marker says `finished` before the segment goes")
+def finished_marker(patch: Patch) -> None:
+    original = settler.Settler._mark
+
+    async def moves_only(self: Any, held: Any, finished: Any, departing: Any) -> None:
+        await original(self, held, (), departing)
+
+    patch.setattr(settler.Settler, "_mark", moves_only)
+
+
+@ablation("Deduplication: the marker says `written` before the message moves")
+def written_marker(patch: Patch) -> None:
+    original = settler.Settler._mark
+
+    async def finished_only(self: Any, held: Any, finished: Any, departing: Any) -> None:
+        await original(self, held, finished, ())
+
+    patch.setattr(settler.Settler, "_mark", finished_only)
+
+
+@ablation("Deduplication: a claimed message whose marker names another copy, or is finished, is dropped")
+def dropping_of_copies(patch: Patch) -> None:
+    patch.setattr(Deduplicator, "is_duplicate", staticmethod(lambda *args, **options: False))
+
+
+@ablation("Deduplication: a marker whose segment may still land is not taken over")
+def patience_with_markers(patch: Patch) -> None:
+    original = Deduplicator._was_written
+
+    async def hasty(self: Any, marker: Any) -> bool:
+        return bool(await original(self, marker))
+
+    patch.setattr(Deduplicator, "_was_written", hasty)
+
+
+# -- clearing up ---------------------------------------------------------------------------------------------------
+
+
+@ablation("Claims without a segment are swept")
+def swept_claims(patch: Patch) -> None:
+    patch.setattr(recovery.Recovery, "_sweep_claims", _nothing)
+
+
+@ablation("Workers whose lease is over are fenced although nobody waits for what they held")
+def swept_workers(patch: Patch) -> None:
+    patch.setattr(recovery.Recovery, "_sweep_workers", _nothing)
+
+
+@ablation("The sweep remembers a claim that it deletes only as long as the deletion takes")
+def forgetful_sweep(patch: Patch) -> None:
+    original = recovery.Recovery._look_at_claim
+
+    async def for_ever(self: Any, entry: Any) -> None:
+        await original(self, entry)
+        if entry.key in self._lingering:
+            self._lingering[entry.key] = float("inf")
+
+    patch.setattr(recovery.Recovery, "_look_at_claim", for_ever)
+
+
+@ablation("A void segment is left to its writer at first")
+def void_left_to_its_writer(patch: Patch) -> None:
+    async def at_once(self: Any, key: Any, modified_s: float) -> None:
+        await self._shared.storage.delete(key.text)
+
+    patch.setattr(claimer.Claimer, "_clear_void", at_once)
+
+
+@ablation("The probe waits for a store that allows one write a second to one key")
+def patient_probe(patch: Patch) -> None:
+    patch.setattr(probe, "_THROTTLED_TRIES", 0)
+
+
+@ablation("A complaint about a key that was just written slows down nothing else")
+def complaints_about_one_key(patch: Patch) -> None:
+    patch.setattr(throttle.ThrottledStorage, "_is_rewrite", lambda self, key, now_s: False)
+
+
+@ablation("Heartbeats do not wait while the store throttles")
+def urgent_heartbeats(patch: Patch) -> None:
+    original = throttle.ThrottledStorage.__init__
+
+    def init(self: Any, storage: Any, **options: Any) -> None:
+        original(self, storage, **{**options, "urgent": lambda key: False})
+
+    patch.setattr(throttle.ThrottledStorage, "__init__", init)

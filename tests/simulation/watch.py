@@ -1,0 +1,117 @@
+"""Looks at the store after every write, and knows what no process may see: the whole state at one instant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.claim import Claim
+from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.protocol.segment import is_void
+from tests.simulation.history import History
+from tests.simulation.store import Store
+
+LIVE = (layout.READY, layout.DELAYED, layout.DEAD)
+HEARTBEATS = f"plugin/{layout.WORKERS}/"
+OVERTAKING_S = 4.0
+"""How much later than a poll a worker may still claim by what it saw: the age of its listing, the time that it leaves
+to others, and the requests."""
+
+
+class Watch:
+    """Checks, at each change of the store, what must be true at every instant."""
+
+    def __init__(self, store: Store, history: History) -> None:
+        self._store = store
+        self._history = history
+        self._indices: dict[bytes, segments.Index] = {}
+        self._claims: dict[bytes, Claim] = {}
+        self._keys: dict[str, SegmentKey] = {}
+        self._reported: set[str] = set()
+        self._unclaimed_since: dict[str, float] = {}
+        self._fenced = history.fenced = set()
+        store.on_change.append(self._changed)
+
+    def records(self, place: str) -> Iterator[segments.Record]:
+        """The messages of all segments in one place."""
+        for key, found in self._store.objects.items():
+            if key.startswith(place):
+                yield from self._index(key, found.body).records
+
+    def _changed(self, key: str) -> None:
+        if key.startswith(HEARTBEATS):
+            found = self._store.objects.get(key)
+            if found is None or b'"state":"fenced"' in found.body:
+                self._fenced.add(key.removeprefix(HEARTBEATS))
+        if not key.startswith((*LIVE, layout.CLAIMS)):
+            return
+        self._one_live_copy()
+        if self._history.faultless:
+            self._priorities(key)
+
+    def _one_live_copy(self) -> None:
+        """Invariant 3."""
+        live: dict[str, str] = {}
+        for key, found in self._store.objects.items():
+            if not key.startswith(LIVE):
+                continue
+            for message_id in self._live_in(key, found.body, found.modified_s):
+                other = live.setdefault(message_id, key)
+                if other != key and message_id not in self._history.ambiguous and message_id not in self._reported:
+                    self._reported.add(message_id)
+                    at_s = self._store.world.time() - 1000
+                    self._history.problems.append(f"{message_id} is live in {other} and {key} at {at_s:.2f}")
+
+    def _live_in(self, key: str, body: bytes, modified_s: float) -> list[str]:
+        parsed = self._key(key)
+        if is_void(parsed.created_ms, modified_s, self._history.settings.segment_age):
+            return []
+        index = self._index(key, body)
+        own = self._claim(parsed)
+        ended = set() if own is None else own.ended()
+        if index.parent is not None and index.parent in self._store.objects:
+            parent = self._claim(self._key(index.parent))
+            # While its parent is there, a moved copy lives from the moment at which the parent's claim gave its
+            # messages away; a key that the claim does not name any more never will.
+            if parent is None or not any(move.key == key for move in parent.moves):
+                return []
+        return [
+            record.id for number, record in enumerate(index.records) if number not in ended and record.dedup_id is None
+        ]
+
+    def _priorities(self, changed: str) -> None:
+        """Whoever claims takes the most urgent of what it can have seen."""
+        objects, now = self._store.objects, self._store.world.time()
+        unclaimed = [key for key in objects if key.startswith(layout.READY) and self._key(key).claim not in objects]
+        since = {key: self._unclaimed_since.get(key, now) for key in unclaimed}
+        if changed.startswith(layout.CLAIMS) and changed in objects:
+            claimed = next((k for k in self._unclaimed_since if self._key(k).claim == changed), None)
+            seen_after_s = now - self._history.settings.max_poll_interval - OVERTAKING_S
+            if claimed is not None:
+                for key, since_s in since.items():
+                    if self._key(key).priority > self._key(claimed).priority and since_s < seen_after_s:
+                        self._history.problems.append(f"{claimed} was claimed before {key}, which waits longer")
+        self._unclaimed_since = since
+
+    def _key(self, key: str) -> SegmentKey:
+        parsed = self._keys.get(key)
+        if parsed is None:
+            parsed = self._keys[key] = SegmentKey.parse(key)
+        return parsed
+
+    def _index(self, key: str, body: bytes) -> segments.Index:
+        index = self._indices.get(body)
+        if index is None:
+            index = self._indices[body] = segments.decode(key, body).index
+        return index
+
+    def _claim(self, key: SegmentKey) -> Claim | None:
+        found = self._store.objects.get(key.claim)
+        if found is None:
+            return None
+        claim = self._claims.get(found.body)
+        if claim is None:
+            claim = self._claims[found.body] = claims.decode(key.claim, found.body)
+        return claim
