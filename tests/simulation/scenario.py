@@ -78,7 +78,7 @@ def draw(seed: int) -> Scenario:
     )
     process_faults = rng.random() < 0.7
     jobs = []
-    for number in range(rng.randint(3, 30)):
+    for number in range(rng.choice((rng.randint(3, 12), rng.randint(3, 12), rng.randint(10, 40)))):
         kind = rng.choices(
             ("ok", "fails", "retry", "dead", "release", "poison"), (70, 10, 5, 3, 4, 2 if process_faults else 0)
         )[0]
@@ -88,7 +88,7 @@ def draw(seed: int) -> Scenario:
         seed=seed,
         profile=rng.choice(PROFILES),
         settings=settings,
-        workers=rng.choice((1, 2, 2, 3, 3, 4)),
+        workers=rng.choice((1, 2, 2, 2, 3, 4)),
         producers=rng.randint(1, 2),
         producers_work=rng.random() < 0.3,
         jobs=tuple(jobs),
