@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import anyio
 import pytest
 
 from s3queue_async.errors import StoreUnavailable, StoreUnsupported
-from s3queue_async.storage.base import Condition, Deleted, IfAbsent, IfVersion, PreconditionFailed, Written
+from s3queue_async.storage.base import (
+    LIST_LIMIT_MAX,
+    Condition,
+    Deleted,
+    IfAbsent,
+    IfVersion,
+    Page,
+    PreconditionFailed,
+    Written,
+)
 from s3queue_async.storage.memory import MemoryStorage
 from s3queue_async.storage.probe import probe
 from s3queue_async.storage.s3 import S3Storage
@@ -74,7 +84,7 @@ class _Ignores(MemoryStorage):
     def __init__(self, ignored: str) -> None:
         super().__init__()
         self._ignored = ignored
-        self._racers = 0
+        self._racers: Counter[str] = Counter()
 
     async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
         match when:
@@ -82,8 +92,8 @@ class _Ignores(MemoryStorage):
                 when = None
             case IfAbsent() if self._ignored == "races" and "race" in key:
                 # Three concurrent creates win, as in older versions of SeaweedFS.
-                self._racers += 1
-                when = None if self._racers <= 3 else when
+                self._racers[key] += 1
+                when = None if self._racers[key] <= 3 else when
             case IfVersion() if self._ignored == "If-Match" and key.endswith("sequence"):
                 when = None
             case IfVersion() if self._ignored == "missing" and key.endswith("missing"):
@@ -109,6 +119,42 @@ async def test_refuses_what_ignores_a_condition(ignored: str, message: str) -> N
     await storage.open()
     with pytest.raises(StoreUnsupported, match=message):
         await probe(storage, random=random.Random(1))
+    assert await keys_of(storage) == []
+
+
+class _Unordered(MemoryStorage):
+    """A store that lists as S3 Express directory buckets do: in no order, or without a place to start after."""
+
+    def __init__(self, *, shuffles: bool) -> None:
+        super().__init__()
+        self._shuffles = shuffles
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = LIST_LIMIT_MAX) -> Page:
+        if not self._shuffles:
+            return await super().list(prefix, limit=limit)
+        page = await super().list(prefix, after=after, limit=limit)
+        return Page(page.entries[::-1], page.more, page.date_s)
+
+
+@pytest.mark.parametrize(("shuffles", "message"), [(True, "in another order"), (False, "start-after with other keys")])
+async def test_refuses_what_lists_without_order(shuffles: bool, message: str) -> None:
+    """A store without order in its listings is refused with what it answered, and nothing stays."""
+    storage = _Unordered(shuffles=shuffles)
+    await storage.open()
+    with pytest.raises(StoreUnsupported, match=message):
+        await probe(storage, random=random.Random(1))
+    assert await keys_of(storage) == []
+
+
+async def test_a_race_of_which_nothing_is_known_is_held_again(memory: MemoryStorage) -> None:
+    """Requests that were throttled race with nobody: another race is held, and shows the store's fault."""
+    storage = _Ignores("races")
+    await storage.open()
+    faulty = FaultyStorage(storage)
+    faulty.throttle("put", key="*race-0*", times=7)
+    faulty.throttle("put", key="*race-1*", times=7)
+    with pytest.raises(StoreUnsupported, match="concurrent PUTs"):
+        await probe(faulty, random=random.Random(1))
     assert await keys_of(storage) == []
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import anyio
 import pytest
 
-from s3queue_async import Context, Settings
-from s3queue_async.storage.base import Storage
+from s3queue_async import Context, S3Queue, Settings
+from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.storage.base import LIST_LIMIT_MAX, Condition, IfAbsent, Page, Storage, Written
+from s3queue_async.testing.clock import LoopClock
 from s3queue_async.testing.faults import FaultyStorage
-from tests.unit.queue.bed import Bed, Seen, eventually, virtual
+from tests.unit.queue.bed import Bed, Recorder, Seen, eventually, virtual
 
 TTL_S, MARGIN_S, POLL_S = 30.0, 2.0, 5.0
 
@@ -149,6 +152,70 @@ async def test_poison(max_attempts: int) -> None:
     # Only what the first worker ran and had not recorded when it died may have been handled twice.
     assert {payload for payload, times in handled.items() if times > 1} <= set(range(7 + 4))
     assert max(handled.values()) <= 2
+
+
+@virtual
+async def test_a_process_that_stood_still_over_a_recorded_start_does_not_begin_it() -> None:
+    """Stopped after the start of an isolated message was recorded: when it goes on, its lease is over (a storm's find)."""
+    bed = Bed()
+    clock = LoopClock()
+    stood_still = Seen()
+    trusted: list[bool] = []
+
+    class Stopping(Recorder):
+        async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
+            written = await super().put(key, body, when=when)
+            if key.startswith("claims/") and b'"starts":{"' in body and not stood_still.items:
+                clock.offset_s += 2 * TTL_S
+                stood_still(key)
+            return written
+
+    async def handler(payload: str) -> None:
+        assert queue._session is not None
+        trusted.append(queue._session.lease.trusted)
+
+    async with bed.queue() as producer:
+        await producer.enqueue("x")
+    (ready,) = await bed.keys("ready/")
+    key = SegmentKey.parse(ready)
+    orphan = claims.fresh(key.text, owner="lost", now_ms=0, nonce="n")
+    await bed.memory.put(key.claim, claims.encode(orphan), when=IfAbsent())
+    queue: S3Queue[Any] = S3Queue(
+        storage=Stopping(bed.faults), settings=Settings(coordinator=False), clock=clock, on_message=handler
+    )
+    async with queue:
+        await stood_still.count(1)
+
+        async def handled() -> bool:
+            return bool(trusted)
+
+        await eventually(handled)
+    assert trusted == [True]
+
+
+@virtual
+async def test_a_slow_listing_of_a_long_backlog_does_not_stop_a_worker() -> None:
+    """When one look takes longer than a listing stays fresh, what it showed is claimed all the same (a storm's find)."""
+    bed = Bed()
+    handled = Seen()
+
+    class SlowList(Recorder):
+        async def list(self, prefix: str, *, after: str = "", limit: int = LIST_LIMIT_MAX) -> Page:
+            page = await super().list(prefix, after=after, limit=limit)
+            await anyio.sleep(0.0011 * len(page.entries))
+            return page
+
+    settings = Settings(coordinator=False, segment_messages_max=2)
+    async with bed.queue(settings=settings) as producer:
+        await producer.enqueue_many(range(3000))
+
+    async def handler(payload: int) -> None:
+        await anyio.sleep(0.02)
+        handled(payload)
+
+    async with bed.queue(settings=settings, storage=SlowList(bed.faults), on_message=handler, concurrency=8):
+        with anyio.fail_after(60):
+            await handled.count(3000)
 
 
 @virtual

@@ -138,11 +138,13 @@ async def test_writes_pass_the_complaint_on(memory: MemoryStorage, faulty: Fault
     storage = ThrottledStorage(
         faulty, clock=clock, on_throttled=lambda operation, wait_s: told.append((operation, wait_s))
     )
-    faulty.throttle("put")
-    with pytest.raises(Throttled):
-        await storage.put("k", b"", when=IfAbsent())
+    faulty.throttle("put", times=2)
+    for key in ("k", "l"):
+        with pytest.raises(Throttled):
+            await storage.put(key, b"", when=IfAbsent())
     assert clock.slept == []
-    ((operation, wait_s),) = told
+    (_, first_s), (operation, wait_s) = told
+    assert first_s == 0
     assert operation == "put"
     assert wait_s > 0
     assert math.isinf(storage.rates()["reads"])
@@ -151,6 +153,36 @@ async def test_writes_pass_the_complaint_on(memory: MemoryStorage, faulty: Fault
     assert clock.slept == []
     await storage.put("k", b"", when=IfAbsent())
     assert clock.slept == [pytest.approx(wait_s)]
+
+
+async def test_a_complaint_about_one_key_slows_down_nothing_else(memory: MemoryStorage, faulty: FaultyStorage) -> None:
+    """Some stores allow one write a second to one key, and another process may just have written it."""
+    clock = SteppingClock()
+    storage = ThrottledStorage(faulty, clock=clock)
+    faulty.throttle("put", times=3)
+    for _ in range(3):
+        with pytest.raises(Throttled):
+            await storage.put("k", b"")
+    assert math.isinf(storage.rates()["writes"])
+
+
+async def test_urgent_requests_neither_wait_nor_complain(memory: MemoryStorage, faulty: FaultyStorage) -> None:
+    """What goes out without regard to the rate says nothing about it."""
+    clock = SteppingClock()
+    storage = ThrottledStorage(faulty, clock=clock, urgent=lambda key: key.startswith("urgent"))
+    faulty.throttle("put", times=2)
+    for key in ("urgent-1", "urgent-2"):
+        with pytest.raises(Throttled):
+            await storage.put(key, b"")
+    assert math.isinf(storage.rates()["writes"])
+    faulty.throttle("put", times=2)
+    for key in ("k", "l"):
+        with pytest.raises(Throttled):
+            await storage.put(key, b"")
+    assert not math.isinf(storage.rates()["writes"])
+    slept = list(clock.slept)
+    await storage.put("urgent-3", b"")
+    assert clock.slept == slept
 
 
 async def test_reads_are_tried_again(memory: MemoryStorage, faulty: FaultyStorage) -> None:
