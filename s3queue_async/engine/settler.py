@@ -45,6 +45,7 @@ TAKEN = "its claim was taken by another worker"
 
 class _Lingering(msgspec.Struct, frozen=True):
     until: float
+    until_s: float
     claim_key: str
     revivable: str = ""
     name: str = ""
@@ -148,10 +149,9 @@ class Settler:
 
     async def sweep_linger(self, *, all_of_them: bool = False) -> None:
         """Delete claims whose segments have been gone for long enough (or all: when no other worker exists)."""
-        now = self._shared.clock.monotonic()
-        while self._linger and (all_of_them or self._linger[0].until <= now):
+        while self._linger and (all_of_them or self._is_over(self._linger[0])):
             batch: list[_Lingering] = []
-            while self._linger and len(batch) < LINGER_BATCH_MAX and (all_of_them or self._linger[0].until <= now):
+            while self._linger and len(batch) < LINGER_BATCH_MAX and (all_of_them or self._is_over(self._linger[0])):
                 batch.append(self._linger.popleft())
             # A request of its producer that came late may have brought a young segment back: it goes first.
             keys = [item.revivable for item in batch if item.revivable] + [item.claim_key for item in batch]
@@ -160,6 +160,10 @@ class Settler:
             except (StoreUnavailable, Throttled):
                 self._linger.extendleft(reversed(batch))
                 raise
+
+    def _is_over(self, item: _Lingering) -> bool:
+        # By the store's time, too: should the local clock jump ahead, a claim must not go too soon.
+        return item.until <= self._shared.clock.monotonic() and item.until_s <= self._shared.time.certain()
 
     async def disown_ended(self) -> None:
         """Before this worker leaves others behind: have the claims of young ended segments say that all is finished.
@@ -186,18 +190,20 @@ class Settler:
             key: The segment's; or the claim's, when the segment was too old to come back.
             held: What was held of it, when it was run here.
         """
-        until = self._shared.clock.monotonic() + self._shared.settings.claim_linger
+        linger_s = self._shared.settings.claim_linger
+        until = self._shared.clock.monotonic() + linger_s
+        until_s = self._shared.time.seen() + linger_s + self._shared.time.resolution_s
         if isinstance(key, str):
-            self._linger.append(_Lingering(until, key))
+            self._linger.append(_Lingering(until, until_s, key))
             return
         # A write that was repeated on its way may still land, and would count, until its key is too old.
         age_s = self._shared.time.seen() - key.created_ms / 1000
         if age_s >= self._shared.settings.segment_age + self._shared.settings.lease_margin:
-            self._linger.append(_Lingering(until, key.claim))
+            self._linger.append(_Lingering(until, until_s, key.claim))
             return
         claim = None if held is None or held.claim.state == "settled" else held.claim
         version = "" if held is None else held.version
-        self._linger.append(_Lingering(until, key.claim, key.text, key.name, claim, version))
+        self._linger.append(_Lingering(until, until_s, key.claim, key.text, key.name, claim, version))
 
     def revivable(self) -> list[str]:
         """Names of ended segments that a late write may bring back: nobody may take them for abandoned."""

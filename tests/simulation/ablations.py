@@ -125,7 +125,7 @@ def claim_linger(patch: Patch) -> None:
     def at_once(self: Any, key: Any, held: Any = None) -> None:
         original(self, key, held)
         last = self._linger.pop()
-        self._linger.append(msgspec.structs.replace(last, until=0.0))
+        self._linger.append(msgspec.structs.replace(last, until=0.0, until_s=0.0))
 
     patch.setattr(settler.Settler, "let_linger", at_once)
     patch.setattr(session, "LINGER_SWEEP_S", 0.05)
@@ -207,6 +207,11 @@ def priorities(patch: Patch) -> None:
 def due_times(patch: Patch) -> None:
     original = layout.due_bound
     patch.setattr(layout, "due_bound", lambda time_ms: original(time_ms + 10_000))
+
+
+@ablation("A claim lingers by the store's time, too, not by the local clock alone")
+def linger_by_store_time(patch: Patch) -> None:
+    patch.setattr(settler.Settler, "_is_over", lambda self, item: item.until <= self._shared.clock.monotonic())
 
 
 # -- leases --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from s3queue_async import Settings
 from tests.simulation.history import Job
 from tests.simulation.store import PROFILES, Faults, Profile
 
-FAULTY_FOR_S = 120.0
+FAULTY_FOR_S = 80.0
 PROCESS_FAULTS = {"crash": 3, "pause": 3, "suspend": 1, "cut": 3, "jump": 2, "stutter": 1, "terminate": 2}
 """What is done to processes, and how often at most in one scenario."""
 
@@ -94,7 +94,7 @@ def draw(seed: int) -> Scenario:
         jobs=tuple(jobs),
         faults=faults,
         deeds={deed: rng.randint(0, most) if process_faults else 0 for deed, most in PROCESS_FAULTS.items()},
-        deeds_within_s=rng.choice((10.0, 30.0, 60.0, FAULTY_FOR_S)),
+        deeds_within_s=rng.choice((10.0, 20.0, 40.0, FAULTY_FOR_S)),
         drift=rng.uniform(-4e-4, 4e-4),
         page_max=rng.choice((2, 7, 1000)),
         concurrency=rng.choice((1, 3, 8)),

@@ -117,6 +117,7 @@ class Process:
         self.paused = False
         self.cut_off = False
         self.suspended_at: float | None = None
+        self.slept_s = 0.0
         self.held_back: list[Any] = []
         self.drift = drift
         self.offset_s = 0.0
@@ -157,7 +158,9 @@ class Process:
         if self.paused:
             self.paused = False
             if self.suspended_at is not None:
-                self.offset_s -= (self.world.time() - self.suspended_at) * (1 + self.drift)
+                slept_s = self.world.time() - self.suspended_at
+                self.slept_s += slept_s
+                self.offset_s -= slept_s * (1 + self.drift)
                 self.suspended_at = None
             self.world.note(f"{self} is resumed")
             if self.alive:
