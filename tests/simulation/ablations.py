@@ -26,30 +26,58 @@ from s3queue_async.settings import Settings
 from s3queue_async.storage import probe, throttle
 from s3queue_async.storage.base import Conflict, IfVersion, NotFound, Stored, Superseded
 from s3queue_async.storage.swap import swap
+from tests.simulation.scenario import Scenario
+from tests.simulation.store import PROFILES
 
 FOREVER_S = 1e9
 
 Patch = pytest.MonkeyPatch
 
 
+Focus = Callable[[Scenario], Scenario]
+
+
+def as_drawn(scenario: Scenario) -> Scenario:
+    """No more of anything than the seed says."""
+    return scenario
+
+
+def more(*, deeds: dict[str, int] | None = None, profile: str | None = None, **rates: Any) -> Focus:
+    """More of what a safeguard is against, where it takes a rare coincidence to need it."""
+
+    def focus(scenario: Scenario) -> Scenario:
+        chosen = next((one for one in PROFILES if one.name == profile), scenario.profile)
+        return dataclasses.replace(
+            scenario,
+            profile=chosen,
+            faults=dataclasses.replace(scenario.faults, **rates),
+            deeds={**scenario.deeds, **(deeds or {})},
+        )
+
+    return focus
+
+
 @dataclass(frozen=True)
 class Ablation:
-    """A safeguard, and how to do without it."""
+    """A safeguard, how to do without it, and what there is more of then."""
 
     name: str
     safeguard: str
     remove: Callable[[Patch], None]
+    focus: Focus
 
 
 ABLATIONS: dict[str, Ablation] = {}
 
 
-def ablation(safeguard: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+def ablation(
+    safeguard: str, *, focus: Focus = as_drawn
+) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
     """Register what removes this safeguard."""
 
     def register(remove: Callable[[Patch], None]) -> Callable[[Patch], None]:
         name = remove.__name__.replace("_", "-")
-        ABLATIONS[name] = Ablation(name, safeguard, remove)
+        ABLATIONS[name] = Ablation(name, safeguard, remove, focus)
         return remove
 
     return register
@@ -209,7 +237,9 @@ def due_times(patch: Patch) -> None:
     patch.setattr(layout, "due_bound", lambda time_ms: original(time_ms + 10_000))
 
 
-@ablation("A claim lingers by the store's time, too, not by the local clock alone")
+@ablation(
+    "A claim lingers by the store's time, too, not by the local clock alone", focus=more(deeds={"jump": 8}, late=0.1)
+)
 def linger_by_store_time(patch: Patch) -> None:
     patch.setattr(settler.Settler, "_is_over", lambda self, item: item.until <= self._shared.clock.monotonic())
 
@@ -228,7 +258,7 @@ def fencing(patch: Patch) -> None:
     patch.setattr(registry.Registry, "_fence", over)
 
 
-@ablation("A worker stops by its own clock when its lease was not renewed")
+@ablation("A worker stops by its own clock when its lease was not renewed", focus=more(deeds={"cut": 6, "pause": 6}))
 def trust_window(patch: Patch) -> None:
     original = registry.Lease._beat
 
@@ -239,7 +269,10 @@ def trust_window(patch: Patch) -> None:
     patch.setattr(registry.Lease, "_beat", trusting)
 
 
-@ablation("A margin lies between the end of a worker's trust and the moment from which others take over")
+@ablation(
+    "A margin lies between the end of a worker's trust and the moment from which others take over",
+    focus=more(deeds={"cut": 8, "crash": 0}, profile="minio"),
+)
 def lease_margin(patch: Patch) -> None:
     patch.setattr(Settings, "lease_margin", property(lambda self: 0.0))
 
@@ -257,7 +290,7 @@ def heartbeat_condition(patch: Patch) -> None:
     patch.setattr(shared.Shared, "swap", careless)
 
 
-@ablation("A worker recognises an earlier heartbeat of its own that landed unanswered")
+@ablation("A worker recognises an earlier heartbeat of its own that landed unanswered", focus=more(late=0.2))
 def own_heartbeat_adoption(patch: Patch) -> None:
     original = registry.Lease._beat
 
@@ -268,12 +301,18 @@ def own_heartbeat_adoption(patch: Patch) -> None:
     patch.setattr(registry.Lease, "_beat", forgetful)
 
 
-@ablation("A heartbeat is dated by what the store's replies said, not by the local clock")
+@ablation(
+    "A heartbeat is dated by what the store's replies said, not by the local clock",
+    focus=more(deeds={"jump": 8}, lost_reply=0.1),
+)
 def heartbeat_dates(patch: Patch) -> None:
     patch.setattr(shared.StoreTime, "seen", shared.StoreTime.earliest)
 
 
-@ablation("A lease is over by the dates of the store's replies, not by the local clock alone")
+@ablation(
+    "A lease is over by the dates of the store's replies, not by the local clock alone",
+    focus=more(deeds={"jump": 12}, slow=0.1),
+)
 def certain_time(patch: Patch) -> None:
     patch.setattr(shared.StoreTime, "certain", shared.StoreTime.earliest)
 
@@ -313,7 +352,10 @@ def applied_moves(patch: Patch) -> None:
     patch.setattr(claims.Claim, "pending_moves", lambda self: list(self.moves))
 
 
-@ablation("What is still to be written is read off the claim after a rename whose reply was lost")
+@ablation(
+    "What is still to be written is read off the claim after a rename whose reply was lost",
+    focus=more(late=0.1, lost_reply=0.1),
+)
 def moves_read_off_the_claim(patch: Patch) -> None:
     async def apply_all(self: Any, held: Any) -> set[str]:
         written: set[str] = set()
@@ -346,7 +388,10 @@ def moves_before_delete(patch: Patch) -> None:
     patch.setattr(settler.Settler, "_apply_all", after)
 
 
-@ablation("When a settled segment is gone, all that moved out of it was written")
+@ablation(
+    "When a settled segment is gone, all that moved out of it was written",
+    focus=more(deeds={"pause": 6, "cut": 6}, late=0.2),
+)
 def gone_means_moved(patch: Patch) -> None:
     async def never(*args: Any) -> bool:
         return False
@@ -354,7 +399,10 @@ def gone_means_moved(patch: Patch) -> None:
     patch.setattr(settler.Settler, "_is_gone", never)
 
 
-@ablation("A worker that stood still while a start was recorded does not begin it after its lease")
+@ablation(
+    "A worker that stood still while a start was recorded does not begin it after its lease",
+    focus=more(deeds={"pause": 8, "crash": 6}),
+)
 def second_look_at_the_lease(patch: Patch) -> None:
     async def started(self: Any, held: Any, index: int) -> bool:
         try:
@@ -404,12 +452,12 @@ def one_settlement_at_a_time(patch: Patch) -> None:
 # -- late copies ---------------------------------------------------------------------------------------------------
 
 
-@ablation("A heartbeat names ended segments that a late write may bring back")
+@ablation("A heartbeat names ended segments that a late write may bring back", focus=more(repeated=0.4))
 def names_of_ended_segments(patch: Patch) -> None:
     patch.setattr(settler.Settler, "revivable", lambda self: [])
 
 
-@ablation("A young segment is deleted once more before its claim goes")
+@ablation("A young segment is deleted once more before its claim goes", focus=more(repeated=0.4))
 def second_delete(patch: Patch) -> None:
     original = settler.Settler.let_linger
 
@@ -421,17 +469,19 @@ def second_delete(patch: Patch) -> None:
     patch.setattr(settler.Settler, "let_linger", once)
 
 
-@ablation("A segment that is younger than the last word in its claim is not run")
+@ablation("A segment that is younger than the last word in its claim is not run", focus=more(repeated=0.4))
 def date_of_a_late_copy(patch: Patch) -> None:
     patch.setattr(claimer, "LEASE_MARGIN_MAX_S", FOREVER_S)
 
 
-@ablation("A worker does not take again what it has just ended")
+@ablation("A worker does not take again what it has just ended", focus=more(repeated=0.4))
 def memory_of_the_ended(patch: Patch) -> None:
     patch.setattr(session.Session, "_known", lambda self, name: name in self.held)
 
 
-@ablation("A worker that leaves says of the young segments that it ended that they are finished")
+@ablation(
+    "A worker that leaves says of the young segments that it ended that they are finished", focus=more(repeated=0.4)
+)
 def disowned_segments(patch: Patch) -> None:
     patch.setattr(settler.Settler, "disown_ended", _nothing)
 
@@ -538,7 +588,7 @@ def swept_workers(patch: Patch) -> None:
     patch.setattr(recovery.Recovery, "_sweep_workers", _nothing)
 
 
-@ablation("The sweep remembers a claim that it deletes only as long as the deletion takes")
+@ablation("The sweep remembers a claim that it deletes only as long as the deletion takes", focus=more(late=0.2))
 def forgetful_sweep(patch: Patch) -> None:
     original = recovery.Recovery._look_at_claim
 
@@ -550,7 +600,7 @@ def forgetful_sweep(patch: Patch) -> None:
     patch.setattr(recovery.Recovery, "_look_at_claim", for_ever)
 
 
-@ablation("A void segment is left to its writer at first")
+@ablation("A void segment is left to its writer at first", focus=more(profile="r2"))
 def void_left_to_its_writer(patch: Patch) -> None:
     async def at_once(self: Any, key: Any, modified_s: float) -> None:
         await self._shared.storage.delete(key.text)
@@ -558,17 +608,17 @@ def void_left_to_its_writer(patch: Patch) -> None:
     patch.setattr(claimer.Claimer, "_clear_void", at_once)
 
 
-@ablation("The probe waits for a store that allows one write a second to one key")
+@ablation("The probe waits for a store that allows one write a second to one key", focus=more(profile="r2"))
 def patient_probe(patch: Patch) -> None:
     patch.setattr(probe, "_THROTTLED_TRIES", 0)
 
 
-@ablation("A complaint about a key that was just written slows down nothing else")
+@ablation("A complaint about a key that was just written slows down nothing else", focus=more(profile="r2"))
 def complaints_about_one_key(patch: Patch) -> None:
     patch.setattr(throttle.ThrottledStorage, "_is_rewrite", lambda self, key, now_s: False)
 
 
-@ablation("Heartbeats do not wait while the store throttles")
+@ablation("Heartbeats do not wait while the store throttles", focus=more(throttled=0.2))
 def urgent_heartbeats(patch: Patch) -> None:
     original = throttle.ThrottledStorage.__init__
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.simulation.ablations import ABLATIONS
+from tests.simulation.ablations import ABLATIONS, as_drawn
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
 BEGIN, END = "<!-- begin: make ablations -->\n", "<!-- end: make ablations -->\n"
-_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)` \|.*\| (?P<seeds>[\d,]+) \|", re.MULTILINE)
+_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)` \|.*\| (?P<seeds>[\d,]+)(?: \*)? \|", re.MULTILINE)
 _IDENTITY = re.compile(r"[0-9A-Z]{26}[-0-9a-z]*|[a-z]+\.\d+(-[0-9a-f]+)?|\b\d+(\.\d+)?\b")
 
 
@@ -40,6 +40,8 @@ def write(found: Iterable[Caught]) -> None:
     for name, ablation in ABLATIONS.items():
         one = rows[name]
         needed = "not caught" if one.seed is None else f"{one.seed + 1:,}"
+        if ablation.focus is not as_drawn:
+            needed += " *"
         lines.append(f"| `{name}` | {ablation.safeguard} | {needed} | {one.kind if one.problem else ''} |")
     text = DOCUMENT.read_text()
     head, rest = text.split(BEGIN)

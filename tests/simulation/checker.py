@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from itertools import pairwise
 
-from s3queue_async.engine.registry import FENCED
+from s3queue_async.engine.registry import FENCED, NOT_RENEWED
 from s3queue_async.engine.settler import TAKEN
-from tests.simulation.history import Disturbance, History, Run
+from tests.simulation.history import Disturbance, History, Loss, Run
 
 DUE_TOLERANCE_S = 1.5
 """Servers' clocks differ by a second, and a due time is rounded."""
@@ -169,11 +169,18 @@ def _check_dead(history: History, by_message: dict[str, list[Run]], problems: li
             problems.append(f"poison is no dead letter: {sent.message_id}")
 
 
+def _disturbed_before(history: History, loss: Loss) -> bool:
+    since_s = loss.at_s - 2 * history.settings.visibility_timeout
+    return any(done.process == loss.process and done.until_s >= since_s for done in history.disturbed)
+
+
 def _check_losses(history: History, problems: list[str]) -> None:
-    """A worker whose lease was good all the time loses no claim."""
+    """No lease is lost without a reason, and a worker whose lease was good all the time loses no claim."""
     over = {(loss.process, loss.worker_id) for loss in history.lost if loss.of_the_worker}
     suspended = {done.process for done in history.disturbed if done.kind == "suspend"}
     for loss in history.lost:
+        if loss.reason == NOT_RENEWED and loss.heartbeats_failed is False and not _disturbed_before(history, loss):
+            problems.append(f"lost its lease, yet no heartbeat failed: {loss.worker_id} at {loss.at_s - 1000:.2f}")
         gone = loss.process in history.crashed_at or loss.process in suspended
         if loss.reason == TAKEN and (loss.process, loss.worker_id) not in over and not gone:
             problems.append(f"taken from a living worker: {loss.worker_id} at {loss.at_s - 1000:.2f}: {loss.reason}")

@@ -23,7 +23,7 @@ from s3queue_async.engine.recovery import PROBE_OVER_S
 from s3queue_async.events import EnqueueAmbiguous, LeaseLostEvent, WorkerStarted
 from s3queue_async.protocol import layout
 from tests.simulation.history import Disturbance, History, Job, Loss, Run, Sent
-from tests.simulation.scenario import FAULTY_FOR_S, Scenario, draw
+from tests.simulation.scenario import FAULTY_FOR_S, Scenario
 from tests.simulation.store import Client, Store
 from tests.simulation.watch import HEARTBEATS, Watch
 from tests.simulation.world import Process, ProcessClock, World, deterministic_scopes
@@ -100,7 +100,10 @@ class Cluster:
 
         def on_lost(event: LeaseLostEvent) -> None:
             self.world.note(f"{process} lost {event.worker_id}: {event.reason} {event.message_ids}")
-            self.history.lost.append(Loss(self.world.time(), str(process), event.worker_id, event.reason))
+            now = self.world.time()
+            failed_at = self.store.failed_at.get(HEARTBEATS + event.worker_id, float("-inf"))
+            failed = failed_at > now - self.scenario.settings.visibility_timeout
+            self.history.lost.append(Loss(now, str(process), event.worker_id, event.reason, failed))
             if self.history.lost[-1].of_the_worker:
                 self.living.pop(str(process), None)
 
@@ -407,11 +410,11 @@ class Cluster:
             self.history.dead[record.id] = (reason, record.attempts)
 
 
-def simulate(seed: int, *, prepare: Callable[[Cluster], None] | None = None) -> Outcome:
-    """Run the scenario of a seed."""
+def simulate(scenario: Scenario) -> Outcome:
+    """Run a scenario."""
+    seed = scenario.seed
     logging.disable(logging.CRITICAL)
     deterministic_scopes()
-    scenario = draw(seed)
     world = World(seed)
     cluster = Cluster(scenario, world)
     # Collected at the end, not in the middle of a run, where it would finish tasks of crashed processes.
@@ -422,8 +425,6 @@ def simulate(seed: int, *, prepare: Callable[[Cluster], None] | None = None) -> 
         warnings.simplefilter("ignore")
         try:
             asyncio.set_event_loop(world)
-            if prepare is not None:
-                prepare(cluster)
             history = world.run_until_complete(cluster.run())
         finally:
             for task in asyncio.all_tasks(world):

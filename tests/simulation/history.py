@@ -47,12 +47,17 @@ class Sent:
 
 @dataclass(frozen=True)
 class Loss:
-    """One ``lease.lost`` event."""
+    """One ``lease.lost`` event.
+
+    Attributes:
+        heartbeats_failed: Whether the store had failed one of the worker's heartbeats before; None when nobody watched.
+    """
 
     at_s: float
     process: str
     worker_id: str
     reason: str
+    heartbeats_failed: bool | None = None
 
     @property
     def of_the_worker(self) -> bool:

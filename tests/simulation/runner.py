@@ -29,7 +29,7 @@ from tests.simulation.ablations import ABLATIONS
 from tests.simulation.checker import check
 from tests.simulation.cluster import Outcome, simulate
 from tests.simulation.refusal import check_refusals
-from tests.simulation.scenario import PROCESS_FAULTS
+from tests.simulation.scenario import PROCESS_FAULTS, Scenario, draw
 from tests.simulation.store import REQUEST_FAULTS
 
 SHOWN_LINES = 40
@@ -61,14 +61,21 @@ def hush() -> None:
     sys.unraisablehook = lambda unraisable: None
 
 
+def prepared(seed: int, ablation: str | None, patch: pytest.MonkeyPatch) -> Scenario:
+    """The scenario of a seed; without a safeguard, if one is named."""
+    scenario = draw(seed)
+    if ablation is None:
+        return scenario
+    ABLATIONS[ablation].remove(patch)
+    return ABLATIONS[ablation].focus(scenario)
+
+
 def run_seed(seed: int, ablation: str | None = None) -> Result:
     """Simulate and check one seed; a failure of the simulation itself is a problem, too."""
     hush()
     with pytest.MonkeyPatch.context() as patch:
-        if ablation is not None:
-            ABLATIONS[ablation].remove(patch)
         try:
-            outcome = simulate(seed)
+            outcome = simulate(prepared(seed, ablation, patch))
         except Exception:  # noqa: BLE001 - reported with the seed that replays it
             return Result(seed, [traceback.format_exc()[-1500:]])
     history = outcome.history
@@ -103,9 +110,7 @@ def shortened(outcome: Outcome, problems: list[str]) -> list[str]:
 def replay(seed: int, ablation: str | None, console: Console) -> int:
     hush()
     with pytest.MonkeyPatch.context() as patch:
-        if ablation is not None:
-            ABLATIONS[ablation].remove(patch)
-        outcome = simulate(seed)
+        outcome = simulate(prepared(seed, ablation, patch))
     for line in outcome.trace:
         console.print(line, markup=False, highlight=False)
     problems, causes = check(outcome.history)

@@ -171,6 +171,7 @@ class Store:
         self.written_at: dict[str, float] = {}
         self.takeovers = 0
         self.landing_until = 0.0
+        self.failed_at: dict[str, float] = {}
         self.on_change: list[Callable[[str], None]] = []
 
     def date(self, front: float) -> float:
@@ -400,6 +401,7 @@ class _Request:
         store = self.store
         if self.is_write and not self.client._may_write(self.key):
             store.faults.counts["429 for one key"] += 1
+            store.failed_at[self.key] = self.world.time()
             self.answer(Throttled(f"{self.operation} {self.key}: too many writes of one key."))
             return None
         outcome = self.apply(self)
@@ -441,6 +443,7 @@ class _Request:
 
     def count(self, name: str) -> None:
         self.store.faults.counts[name] += 1
+        self.store.failed_at[self.key] = self.world.time()
         self.world.note(f"{self.process} {self.operation} {self.key}: {name}")
 
     def _later(self, delay_s: float, call: Callable[[], Any]) -> None:
