@@ -49,8 +49,8 @@ bench: setup ## Throughput beside a bare loop of the same requests, and memory
 	$(BIN)/python -m benchmarks.memory
 
 SEEDS ?= 300
-sim: setup ## Simulated clusters with faults: SEEDS=300 JOBS=2, or SEED=n to replay one with its trace
-	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(JOBS))
+sim: setup ## Simulated clusters with faults: SEEDS=300 JOBS=2, or SEED=n to replay one (WITHOUT=safeguard)
+	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED) $(if $(WITHOUT),--without $(WITHOUT)),--seeds $(SEEDS) --jobs $(JOBS))
 
 ablations: setup ## Remove each safeguard of the engine in turn: the table of docs/testing.md
 	$(BIN)/python -m tests.simulation --ablations --seeds 20000 --jobs $(JOBS)

@@ -72,6 +72,7 @@ class Cluster:
         self.processes: list[Process] = []
         self.living: dict[str, str] = {}
         self.ending = False
+        self.nameless: list[tuple[str, float]] = []
         self.released: Counter[int] = Counter()
         self.failed: Counter[int] = Counter()
 
@@ -195,8 +196,10 @@ class Cluster:
                     ids = await queue.enqueue_many(together, **options)
                 except QueueError as error:
                     self.world.note(f"enqueue_many failed: {error}")
-                    ids = getattr(error, "enqueued_ids", [])
-                for job, message_id in zip(together, ids, strict=False):
+                    # Which ones of them are durable, it does not say: their runs will.
+                    self.nameless += [(message_id, due_s) for message_id in getattr(error, "enqueued_ids", [])]
+                    continue
+                for job, message_id in zip(together, ids, strict=True):
                     self._acknowledged(job, message_id, due_s, None)
                 continue
             async with anyio.create_task_group() as group:
@@ -386,6 +389,11 @@ class Cluster:
                 where = "".join(traceback.format_exception(failure)[-3:])
                 self.history.problems.append(f"{process} failed: {failure!r} {where}")
         self.history.leftovers = self._leftovers()
+        numbers = {run.message_id: run.number for run in self.history.runs}
+        jobs = {job.number: job for job in self.scenario.jobs}
+        for message_id, due_s in self.nameless:
+            job = jobs.get(numbers.get(message_id, -1), Job(-1, "never ran", 0.0))
+            self.history.sent.append(Sent(message_id, job, self.world.time(), due_s, None))
 
     def _running(self) -> list[Process]:
         return [process for process in self.processes if process.alive and not process.tasks[0].done()]
