@@ -400,7 +400,8 @@ class Cluster:
 
     def _is_swept(self) -> bool:
         """Whether no write is under way any more, and nothing is left but the heartbeats of those who live."""
-        living = {f"{HEARTBEATS}{self.living.get(str(process))}" for process in self._running()}
+        staying = [process for process in self._running() if not process.stop.is_set()]
+        living = {f"{HEARTBEATS}{self.living.get(str(process))}" for process in staying}
         left = set(self._leftovers()) - living
         return self.world.time() > self.store.landing_until and not left
 
