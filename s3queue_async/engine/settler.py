@@ -166,15 +166,19 @@ class Settler:
         return item.until <= self._shared.clock.monotonic() and item.until_s <= self._shared.time.certain()
 
     async def disown_ended(self) -> None:
-        """Before this worker leaves others behind: have the claims of young ended segments say that all is finished.
+        """Before this worker leaves others behind: have the claims of young ended segments say that all is done.
 
-        Nobody names such a segment any more then, and a late copy of it would be taken for abandoned and run.
+        Nobody names such a segment any more then, and a late copy of it would be taken for abandoned: its messages
+        would be run, and what moved out of it would be written, again.
         """
 
         async def record(item: _Lingering) -> None:
             assert item.claim is not None
             key = SegmentKey.parse(item.claim.segment)
-            claim = claims.move(item.claim, (), settled=True, finished=range(key.count), nonce=self._shared.nonce())
+            if item.claim.state == "settled":
+                claim = claims.applied(item.claim, [move.key for move in item.claim.moves], nonce=self._shared.nonce())
+            else:
+                claim = claims.move(item.claim, (), settled=True, finished=range(key.count), nonce=self._shared.nonce())
             with suppress(Superseded):
                 await self._shared.swap(
                     item.claim_key, claims.encode(claim), when=IfVersion(item.version), deadline_s=DISOWN_WITHIN_S
@@ -201,7 +205,8 @@ class Settler:
         if age_s >= self._shared.settings.segment_age + self._shared.settings.lease_margin:
             self._linger.append(_Lingering(until, until_s, key.claim))
             return
-        claim = None if held is None or held.claim.state == "settled" else held.claim
+        says_it = held is None or (held.claim.state == "settled" and not held.claim.pending_moves())
+        claim = None if held is None or says_it else held.claim
         version = "" if held is None else held.version
         self._linger.append(_Lingering(until, until_s, key.claim, key.text, key.name, claim, version))
 
