@@ -27,7 +27,7 @@ from s3queue_async.storage import probe, throttle
 from s3queue_async.storage.base import Conflict, IfVersion, NotFound, Stored, Superseded
 from s3queue_async.storage.swap import swap
 from tests.simulation.scenario import Scenario
-from tests.simulation.store import PROFILES
+from tests.simulation.store import PROFILES, Faults
 
 FOREVER_S = 1e9
 
@@ -40,6 +40,11 @@ Focus = Callable[[Scenario], Scenario]
 def as_drawn(scenario: Scenario) -> Scenario:
     """No more of anything than the seed says."""
     return scenario
+
+
+def undisturbed(scenario: Scenario) -> Scenario:
+    """Nothing goes wrong."""
+    return dataclasses.replace(scenario, faults=Faults(), deeds=dict.fromkeys(scenario.deeds, 0))
 
 
 def more(*, deeds: dict[str, int] | None = None, profile: str | None = None, **rates: Any) -> Focus:
@@ -193,7 +198,9 @@ def parent_check(patch: Patch) -> None:
     patch.setattr(claimer.Claimer, "_parent_allows", always)
 
 
-@ablation("A claim is given back only if it is still one's own")
+@ablation(
+    "A claim is given back only if it is still one's own", focus=more(deeds={"terminate": 6, "crash": 6}, late=0.1)
+)
 def conditional_give_back(patch: Patch) -> None:
     async def delete(self: Any, held: Any) -> None:
         await self._shared.insist(
@@ -223,7 +230,7 @@ def recorded_starts(patch: Patch) -> None:
     patch.setattr(settler.Settler, "record_start", _nothing)
 
 
-@ablation("The highest priority is claimed first")
+@ablation("The highest priority is claimed first", focus=undisturbed)
 def priorities(patch: Patch) -> None:
     def oldest_first(self: Any, found: list[Any]) -> list[Any]:
         return sorted(found, key=lambda candidate: candidate.key.ulid)
@@ -247,7 +254,9 @@ def linger_by_store_time(patch: Patch) -> None:
 # -- leases --------------------------------------------------------------------------------------------------------
 
 
-@ablation("Whoever takes over fences the owner first, by compare-and-swap on its heartbeat")
+@ablation(
+    "Whoever takes over fences the owner first, by compare-and-swap on its heartbeat", focus=more(deeds={"suspend": 8})
+)
 def fencing(patch: Patch) -> None:
     async def over(self: Any, peer: Any) -> bool:
         # So that nothing is left behind: a heartbeat that has been over for very long is deleted.
@@ -277,7 +286,7 @@ def lease_margin(patch: Patch) -> None:
     patch.setattr(Settings, "lease_margin", property(lambda self: 0.0))
 
 
-@ablation("Heartbeats are written by compare-and-swap")
+@ablation("Heartbeats are written by compare-and-swap", focus=more(deeds={"suspend": 8}))
 def heartbeat_condition(patch: Patch) -> None:
     original = shared.Shared.swap
 
@@ -290,7 +299,7 @@ def heartbeat_condition(patch: Patch) -> None:
     patch.setattr(shared.Shared, "swap", careless)
 
 
-@ablation("A worker recognises an earlier heartbeat of its own that landed unanswered", focus=more(late=0.2))
+@ablation("A worker recognises an earlier heartbeat of its own that landed unanswered", focus=more(late=0.4))
 def own_heartbeat_adoption(patch: Patch) -> None:
     original = registry.Lease._beat
 
@@ -354,7 +363,7 @@ def applied_moves(patch: Patch) -> None:
 
 @ablation(
     "What is still to be written is read off the claim after a rename whose reply was lost",
-    focus=more(late=0.1, lost_reply=0.1),
+    focus=more(late=0.3, lost_reply=0.3),
 )
 def moves_read_off_the_claim(patch: Patch) -> None:
     async def apply_all(self: Any, held: Any) -> set[str]:
@@ -390,7 +399,7 @@ def moves_before_delete(patch: Patch) -> None:
 
 @ablation(
     "When a settled segment is gone, all that moved out of it was written",
-    focus=more(deeds={"pause": 6, "cut": 6}, late=0.2),
+    focus=more(deeds={"pause": 6, "cut": 6}, late=0.4),
 )
 def gone_means_moved(patch: Patch) -> None:
     async def never(*args: Any) -> bool:
@@ -401,7 +410,7 @@ def gone_means_moved(patch: Patch) -> None:
 
 @ablation(
     "A worker that stood still while a start was recorded does not begin it after its lease",
-    focus=more(deeds={"pause": 8, "crash": 6}),
+    focus=more(deeds={"pause": 16, "crash": 8}, slow=0.2),
 )
 def second_look_at_the_lease(patch: Patch) -> None:
     async def started(self: Any, held: Any, index: int) -> bool:
@@ -469,7 +478,9 @@ def second_delete(patch: Patch) -> None:
     patch.setattr(settler.Settler, "let_linger", once)
 
 
-@ablation("A segment that is younger than the last word in its claim is not run", focus=more(repeated=0.4))
+@ablation(
+    "A segment that is younger than the last word in its claim is not run", focus=more(deeds={"crash": 8}, repeated=0.5)
+)
 def date_of_a_late_copy(patch: Patch) -> None:
     patch.setattr(claimer, "LEASE_MARGIN_MAX_S", FOREVER_S)
 
@@ -505,7 +516,7 @@ def durable_before_acknowledged(patch: Patch) -> None:
     patch.setattr(producer, "put_segment", hopeful)
 
 
-@ablation("A missing segment whose claim is there was written, and run")
+@ablation("A missing segment whose claim is there was written, and run", focus=more(lost_reply=0.3))
 def claim_shows_the_write(patch: Patch) -> None:
     original = writing.look
 
@@ -540,7 +551,10 @@ def old_enough_to_decide(patch: Patch) -> None:
     patch.setattr(writing, "look", hasty)
 
 
-@ablation("Deduplication: the marker says `finished` before the segment goes")
+@ablation(
+    "Deduplication: the marker says `finished` before the segment goes",
+    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
+)
 def finished_marker(patch: Patch) -> None:
     original = settler.Settler._mark
 
@@ -550,7 +564,10 @@ def finished_marker(patch: Patch) -> None:
     patch.setattr(settler.Settler, "_mark", moves_only)
 
 
-@ablation("Deduplication: the marker says `written` before the message moves")
+@ablation(
+    "Deduplication: the marker says `written` before the message moves",
+    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
+)
 def written_marker(patch: Patch) -> None:
     original = settler.Settler._mark
 
@@ -560,12 +577,18 @@ def written_marker(patch: Patch) -> None:
     patch.setattr(settler.Settler, "_mark", finished_only)
 
 
-@ablation("Deduplication: a claimed message whose marker names another copy, or is finished, is dropped")
+@ablation(
+    "Deduplication: a claimed message whose marker names another copy, or is finished, is dropped",
+    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
+)
 def dropping_of_copies(patch: Patch) -> None:
     patch.setattr(Deduplicator, "is_duplicate", staticmethod(lambda *args, **options: False))
 
 
-@ablation("Deduplication: a marker whose segment may still land is not taken over")
+@ablation(
+    "Deduplication: a marker whose segment may still land is not taken over",
+    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
+)
 def patience_with_markers(patch: Patch) -> None:
     original = Deduplicator._was_written
 

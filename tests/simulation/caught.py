@@ -11,7 +11,7 @@ from tests.simulation.ablations import ABLATIONS, as_drawn
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
 BEGIN, END = "<!-- begin: make ablations -->\n", "<!-- end: make ablations -->\n"
-_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)` \|.*\| (?P<seeds>[\d,]+)(?: \*)? \|", re.MULTILINE)
+_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)` \|.*\| (?P<seeds>(over )?[\d,]+)(?: \*)? \|.*$", re.MULTILINE)
 _IDENTITY = re.compile(r"[0-9A-Z]{26}[-0-9a-z]*|[a-z]+\.\d+(-[0-9a-f]+)?|\b\d+(\.\d+)?\b")
 
 
@@ -30,26 +30,30 @@ class Caught:
     @property
     def kind(self) -> str:
         """The problem without what is particular to the seed."""
-        return _IDENTITY.sub("…", self.problem.splitlines()[-1]).split(":")[0][:60].strip(" '[")
+        if self.seed is None:
+            return ""
+        return _IDENTITY.sub("…", self.problem.splitlines()[0]).split(":")[0][:60].strip(" '[")
 
 
-def write(found: Iterable[Caught]) -> None:
-    """Put the table into the document."""
-    rows = {one.ablation: one for one in found}
-    lines = ["| safeguard | what it says | seeds needed | what is found without it |", "|---|---|---|---|"]
-    for name, ablation in ABLATIONS.items():
-        one = rows[name]
-        needed = "not caught" if one.seed is None else f"{one.seed + 1:,}"
-        if ablation.focus is not as_drawn:
-            needed += " *"
-        lines.append(f"| `{name}` | {ablation.safeguard} | {needed} | {one.kind if one.problem else ''} |")
+def write(found: Iterable[Caught], tried: int) -> None:
+    """Put these rows into the document's table; the other rows stay as they are."""
     text = DOCUMENT.read_text()
     head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
+    table, tail = rest.split(END)
+    rows = {row["name"]: row.group() for row in _ROW.finditer(table)}
+    for one in found:
+        ablation = ABLATIONS[one.ablation]
+        needed = f"over {tried:,}" if one.seed is None else f"{one.seed + 1:,}"
+        if ablation.focus is not as_drawn:
+            needed += " *"
+        rows[one.ablation] = f"| `{one.ablation}` | {ablation.safeguard} | {needed} | {one.kind} |"
+    lines = ["| safeguard | what it says | seeds needed | what is found without it |", "|---|---|---|---|"]
+    lines += [rows[name] for name in ABLATIONS if name in rows]
     DOCUMENT.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + tail)
 
 
-def seeds() -> dict[str, int]:
-    """The first failing seed of each ablation, as the document has it."""
+def seeds() -> dict[str, int | None]:
+    """The first failing seed of each ablation, as the document has it; None where none was found yet."""
     table = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]
-    return {row["name"]: int(row["seeds"].replace(",", "")) - 1 for row in _ROW.finditer(table)}
+    needed = {row["name"]: row["seeds"].replace(",", "") for row in _ROW.finditer(table)}
+    return {name: None if text.startswith("over") else int(text) - 1 for name, text in needed.items()}
