@@ -509,7 +509,7 @@ class Claimer:
         """Whether a claim made by now is good without another look at the segment.
 
         Later the segment may have been run meanwhile, and its claim be gone again. The store's time is looked at, too:
-        the local clock stands while a machine sleeps.
+        not every system has a clock that counts a machine's sleep.
 
         Args:
             shown_at: Local time before the request that showed the segment.

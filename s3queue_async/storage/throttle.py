@@ -207,8 +207,8 @@ class ThrottledStorage:
         except Throttled as error:
             wait_s = 0.0
             now_s = self._clock.monotonic()
-            # What went out without regard to the rate says nothing about it.
             about_the_key = kind == "writes" and (rewrite or self._is_first_complaint(key, now_s))
+            # What went out without regard to the rate says nothing about it.
             if error.retry_after_s is not None or not (urgent or about_the_key):
                 wait_s = limit.complain(now_s, began_s=began_s, retry_after_s=error.retry_after_s)
             if self._on_throttled is not None:

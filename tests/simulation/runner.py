@@ -35,9 +35,9 @@ from tests.simulation.store import REQUEST_FAULTS
 SHOWN_LINES = 40
 EVERY_FAULT_AFTER = 1000
 """From this many seeds on, each kind of fault must have happened."""
-REGRESSIONS: tuple[int, ...] = ()
-"""Seeds that failed once, as they are drawn now: a change in how often chance is asked gives a seed another meaning. The
-bugs themselves are ablations, whose seeds ``make ablations`` finds anew."""
+REGRESSIONS = (7022,)
+"""Seeds that failed once: the moves of a segment that came back after its worker had left (7022). A change in how often
+chance is asked gives them another meaning; the safeguards are ablations, too, whose seeds ``make ablations`` finds anew."""
 
 
 @dataclass
@@ -103,7 +103,8 @@ def shortened(outcome: Outcome, problems: list[str]) -> list[str]:
         return []
     words = [word.strip("',[]()") for word in problems[0].split()]
     ids = {part[:26] for word in words for part in word.replace("/", " ").split() if len(part) > 26}
-    always = (" crashes", " is paused", " is resumed", " is cut off", "clock jumps", "the faults are over", " lost ")
+    always: tuple[str, ...] = (" crashes", " is resumed", "the faults are over", " lost worker", " lost producer")
+    always += tuple(f": {deed} for " for deed in PROCESS_FAULTS)
     lines = [line for line in outcome.trace if any(i in line for i in ids) or any(word in line for word in always)]
     return lines[-SHOWN_LINES:]
 
@@ -144,15 +145,16 @@ def run_many(seeds: Sequence[int], jobs: int, console: Console) -> int:
                 failed.append(result)
                 progress.console.print(f"seed {result.seed}: {result.problems[0]}", markup=False, style="red")
     summary(console, total, len(seeds), len(failed), time.monotonic() - began)
-    never = [name for name in (*PROCESS_FAULTS, *REQUEST_FAULTS) if not total.faults[name]]
-    if never and len(seeds) >= EVERY_FAULT_AFTER:
-        console.print(f"never happened: {', '.join(never)}", style="red")
-        return 1
     for result in sorted(failed, key=lambda result: result.seed)[:5]:
         console.print(f"\nseed {result.seed}: replay with  make sim SEED={result.seed}", markup=False)
         for line in (*result.problems[:5], *result.story):
             console.print(f"  {line}", markup=False, highlight=False)
-    return 1 if failed else 0
+    never = [name for name in (*PROCESS_FAULTS, *REQUEST_FAULTS) if not total.faults[name]]
+    if len(seeds) < EVERY_FAULT_AFTER:
+        never = []
+    if never:
+        console.print(f"never happened: {', '.join(never)}", style="red")
+    return 1 if failed or never else 0
 
 
 def summary(console: Console, total: Result, seeds: int, failed: int, took_s: float) -> None:
