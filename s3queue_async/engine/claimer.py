@@ -57,11 +57,10 @@ FETCH_ESTIMATE_S = 0.05
 
 @dataclass(slots=True)
 class Candidate:
-    """A segment that was seen and may be claimed."""
+    """A segment that was seen and may be claimed; ``written_at``: local time before this process wrote it, if it did."""
 
     key: SegmentKey
-    size: int
-    shown_at: float
+    written_at: float | None = None
     taken: bool = False
 
 
@@ -152,7 +151,7 @@ class Claimer:
         if self._group is None or not wanted or len(self.claiming) >= CLAIMS_AT_ONCE:
             self.notice()
             return False
-        self._start(self._group, Candidate(key, 0, shown_at), (index, list(payloads)))
+        self._start(self._group, Candidate(key, shown_at), (index, list(payloads)))
         return True
 
     def notice_due(self, due_ms: int) -> None:
@@ -264,9 +263,8 @@ class Claimer:
         self._limit = max(LIST_LIMIT_MIN, min(LIST_LIMIT_MAX, 2 * self._started))
         self._started = 0
         for _ in range(PAGES_MAX):
-            shown_at = self._shared.clock.monotonic()
             page = await self._shared.storage.list(layout.READY, after=after, limit=self._limit)
-            usable, held_by_others = await self._usable(page.entries, shown_at)
+            usable, held_by_others = await self._usable(page.entries)
             found += usable
             busy = busy or held_by_others
             self._more = page.more
@@ -279,7 +277,6 @@ class Claimer:
         now = self._shared.clock.monotonic()
         if now < self._next_delayed and self._due_in_s() > 0:
             return [], False
-        shown_at = now
         bound = layout.due_bound(int(self._shared.time.earliest() * 1000))
         page = await self._shared.storage.list(layout.DELAYED, limit=self._limit)
         due = [entry for entry in page.entries if entry.key < bound]
@@ -290,11 +287,11 @@ class Claimer:
             except ValueError:
                 continue
             break
-        found, busy = await self._usable(due, shown_at)
+        found, busy = await self._usable(due)
         self._next_delayed = 0.0 if found and page.more else now + DELAYED_EVERY_S
         return found, busy
 
-    async def _usable(self, entries: Sequence[Entry], shown_at: float) -> tuple[list[Candidate], bool]:
+    async def _usable(self, entries: Sequence[Entry]) -> tuple[list[Candidate], bool]:
         """Which of the listed segments may be claimed; and whether others hold segments of several messages."""
         now = self._shared.clock.monotonic()
         found: list[Candidate] = []
@@ -314,7 +311,7 @@ class Claimer:
             if blocked is not None and blocked.look_at > now:
                 busy = busy or key.count > 1
                 continue
-            found.append(Candidate(key, entry.size, shown_at))
+            found.append(Candidate(key))
         if found and self._peers:
             found, taken = await self._without_claimed(found, now)
             busy = busy or taken
@@ -421,7 +418,7 @@ class Claimer:
             return None
         self.claiming[key.name] = 0
         try:
-            return await self._obtain(Candidate(key, 0, self._shared.clock.monotonic()), None)
+            return await self._obtain(Candidate(key), None)
         except CorruptObject as error:
             await self._set_aside(key, error)
             return None
@@ -471,7 +468,7 @@ class Claimer:
         shared = self._shared
         key = candidate.key
         claim = claims.fresh(key.text, owner=self._lease.worker_id, now_ms=shared.time.now_ms(), nonce=shared.nonce())
-        shown_at = candidate.shown_at if offered is not None else shared.clock.monotonic()
+        shown_at = shared.clock.monotonic() if candidate.written_at is None else candidate.written_at
         reading = _Reading()
         version = ""
         taken = False
