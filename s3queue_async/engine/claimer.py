@@ -23,7 +23,6 @@ from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.claim import Claim
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.ranking import falls_to
-from s3queue_async.settings import LEASE_MARGIN_MAX_S
 from s3queue_async.storage.base import (
     Entry,
     IfAbsent,
@@ -305,7 +304,7 @@ class Claimer:
             if self._known(key.name) or key.name in self.claiming:
                 continue
             if segments.is_void(key.created_ms, entry.modified_s, self._shared.settings.segment_age):
-                await self._clear_void(key, entry.modified_s)
+                await self._clear_void(key)
                 continue
             blocked = self._blocked.get(key.name)
             if blocked is not None and blocked.look_at > now:
@@ -317,15 +316,9 @@ class Claimer:
             busy = busy or taken
         return found, busy
 
-    async def _clear_void(self, key: SegmentKey, modified_s: float) -> None:
-        """Delete a void segment that its writer left behind.
-
-        At first it is left alone: its writer deletes it in a moment, and several who do would, on a store that allows
-        one write a second to one key, be refused until they slow down all that they write (found by simulation).
-        """
-        if self._shared.time.earliest() - modified_s > self._shared.settings.segment_age:
-            self._shared.bus.emit(SegmentVoided(key=key.text))
-            await self._shared.storage.delete(key.text)
+    async def _clear_void(self, key: SegmentKey) -> None:
+        self._shared.bus.emit(SegmentVoided(key=key.text))
+        await self._shared.storage.delete(key.text)
 
     async def _without_claimed(self, found: list[Candidate], now: float) -> tuple[list[Candidate], bool]:
         """Leave out what others hold by the listing of claims: a listing costs less than the tries that would fail."""
@@ -535,8 +528,7 @@ class Claimer:
             self._let_linger(key)
             return None
         if segments.is_void(key.created_ms, stored.modified_s, self._shared.settings.segment_age):
-            self._shared.bus.emit(SegmentVoided(key=key.text))
-            await self._shared.storage.delete(key.text)
+            await self._clear_void(key)
             self._let_linger(key)
             return None
         try:
@@ -642,14 +634,6 @@ class Claimer:
         if reading.error is not None:
             raise reading.error
         if reading.stored is None:
-            self._let_linger(key)
-            return None
-        apart_s = LEASE_MARGIN_MAX_S + self._shared.time.resolution_s
-        if reading.stored.modified_s > claim.modified_s + apart_s:
-            # Written after the last word about it, by a request that came late: what it says was handled already.
-            # (Two servers of a store may date the other way round what happened within the margin.)
-            self._shared.bus.emit(SegmentVoided(key=key.text))
-            await self._shared.storage.delete(key.text)
             self._let_linger(key)
             return None
         segment = segments.decode(key.text, reading.stored.body)

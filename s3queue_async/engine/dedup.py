@@ -75,9 +75,11 @@ class Deduplicator:
         Raises:
             StoreUnavailable: It stayed undecided because the store could not be asked.
         """
+        marker = Marker(self._shared.nonce(), "intent", message_id, segment.text, segment.created_ms)
+        return await self._reserve(marker_name(dedup_id), marker)
+
+    async def _reserve(self, name: str, marker: Marker) -> Reservation | str:
         shared = self._shared
-        name = marker_name(dedup_id)
-        marker = Marker(shared.nonce(), "intent", message_id, segment.text, segment.created_ms)
         stored: Stored | None = None
         for _ in range(RESERVE_TRIES_MAX):
             found = None if stored is None else self._decode(stored.body)
@@ -95,16 +97,16 @@ class Deduplicator:
                 stored = lost.stored
             else:
                 return Reservation(name, marker, version)
-        raise StoreUnavailable(f"The deduplication id {dedup_id!r} stayed contended.", suggestion="Enqueue it again.")
+        raise StoreUnavailable("The deduplication id stayed contended.", suggestion="Enqueue it again.")
 
     async def rename(self, reservation: Reservation, segment: SegmentKey) -> Reservation | str:
         """Name another segment, because the first was certainly not written; as ``reserve`` otherwise."""
         marker = msgspec.structs.replace(reservation.marker, nonce=self._shared.nonce(), segment=segment.text)
         try:
             version = await self._write(reservation.name, marker, IfVersion(reservation.version))
-        except Superseded as lost:
-            found = None if lost.stored is None else self._decode(lost.stored.body)
-            return reservation.marker.message_id if found is None else found.message_id
+        except Superseded:
+            # Another producer took it over, which may still fail to write its message.
+            return await self._reserve(reservation.name, marker)
         return Reservation(reservation.name, marker, version)
 
     async def look(self, dedup_id: str) -> Reservation | None:

@@ -198,6 +198,7 @@ class Session:
                     elif reason == NOT_RENEWED:
                         await self.lease.give_up()
                     else:
+                        await self.settler.disown_ended()
                         await self.lease.leave()
                 except (StoreUnavailable, Throttled) as error:
                     log.warning("the heartbeat stays until it runs out", worker=self.worker_id, error=str(error))

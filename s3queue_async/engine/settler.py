@@ -175,17 +175,20 @@ class Settler:
         async def record(item: _Lingering) -> None:
             assert item.claim is not None
             key = SegmentKey.parse(item.claim.segment)
-            if item.claim.state == "settled":
-                claim = claims.applied(item.claim, [move.key for move in item.claim.moves], nonce=self._shared.nonce())
-            else:
-                claim = claims.move(item.claim, (), settled=True, finished=range(key.count), nonce=self._shared.nonce())
-            with suppress(Superseded):
+            claim = claims.move(item.claim, (), settled=True, finished=range(key.count), nonce=self._shared.nonce())
+            try:
                 await self._shared.swap(
                     item.claim_key, claims.encode(claim), when=IfVersion(item.version), deadline_s=DISOWN_WITHIN_S
                 )
+            except Superseded:
+                return
+            except (StoreUnavailable, Throttled) as error:
+                # It only matters should a late copy land, too: no reason to keep anybody from leaving.
+                log.warning("a finished claim does not say so", claim=item.claim_key, error=str(error))
 
-        open_ones = [item for item in self._linger if item.name and item.claim is not None]
+        open_ones = [item for item in self._linger if item.claim is not None]
         await together(open_ones, record, at_once=LANES)
+        self._linger = deque(msgspec.structs.replace(item, claim=None) for item in self._linger)
 
     def let_linger(self, key: SegmentKey | str, held: Held | None = None) -> None:
         """Delete a claim later: its segment is gone since this moment or longer.
@@ -200,15 +203,17 @@ class Settler:
         if isinstance(key, str):
             self._linger.append(_Lingering(until, until_s, key))
             return
-        # A write that was repeated on its way may still land, and would count, until its key is too old.
-        age_s = self._shared.time.seen() - key.created_ms / 1000
-        if age_s >= self._shared.settings.segment_age + self._shared.settings.lease_margin:
+        if not self._may_come_back(key):
             self._linger.append(_Lingering(until, until_s, key.claim))
             return
-        says_it = held is None or (held.claim.state == "settled" and not held.claim.pending_moves())
-        claim = None if held is None or says_it else held.claim
+        claim = None if held is None or held.claim.state == "settled" else held.claim
         version = "" if held is None else held.version
         self._linger.append(_Lingering(until, until_s, key.claim, key.text, key.name, claim, version))
+
+    def _may_come_back(self, key: SegmentKey) -> bool:
+        """Whether a write that was repeated on its way may still land, and count: until the key is too old."""
+        settings = self._shared.settings
+        return self._shared.time.seen() - key.created_ms / 1000 < settings.segment_age + settings.lease_margin
 
     def revivable(self) -> list[str]:
         """Names of ended segments that a late write may bring back: nobody may take them for abandoned."""
@@ -327,14 +332,21 @@ class Settler:
                     held.recorded = len(finished)
                     del held.departing[: len(departing)]
                 keys = await self._apply_all(held)
+            if keys and (not complete or self._may_come_back(held.key)):
+                await self._record_applied(held, keys)
             if complete:
                 self._lease.check()
                 await self._shared.insist(lambda: self._delete([held.key.text]), while_true=lambda: self._lease.trusted)
                 self._ended(held)
-            elif keys:
-                await self._write_claim(held, lambda claim: claims.applied(claim, keys, nonce=self._shared.nonce()))
         if not complete and held.complete:
             self.submit(held)
+
+    async def _record_applied(self, held: Held, keys: set[str]) -> None:
+        """Record which moves are written: before a young segment goes, too, which a late copy may bring back.
+
+        Whoever takes such a copy over would write its moves again, after they ran (found by simulation, seed 6812).
+        """
+        await self._write_claim(held, lambda claim: claims.applied(claim, keys, nonce=self._shared.nonce()))
 
     async def give_back(self, held: Held) -> None:
         """Give up a claim under which nothing happened; anybody may take the segment at once."""

@@ -33,6 +33,8 @@ _RACES_MIN = 2
 _RACES_MAX = 6
 _THROTTLED_TRIES = 5
 _THROTTLED_PAUSE_S = 1.1
+_UNAVAILABLE_TRIES = 5
+_UNAVAILABLE_PAUSE_S = 0.05
 _LISTED = 6
 """Keys whose order is looked at; a store without order shows the right one by chance once in 720 times."""
 _CLEANUP_FAILURES_MAX = 10
@@ -223,12 +225,13 @@ class _Probe:
 
     async def _again(self, request: Callable[[], Awaitable[T]]) -> T:
         """Repeat a request that does no harm when it is applied twice."""
-        for _ in range(_THROTTLED_TRIES):
+        for attempt in range(_UNAVAILABLE_TRIES):
             try:
                 return await request()
             except StoreUnavailable as error:
                 if not error.retriable:
                     raise
+                await self._clock.sleep(_UNAVAILABLE_PAUSE_S * 2.0**attempt)
         return await request()
 
     async def _accepts(self, key: str, when: IfAbsent | IfVersion) -> bool:
