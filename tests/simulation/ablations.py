@@ -7,7 +7,7 @@ engine's functions, applied by tests alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,8 +26,9 @@ from s3queue_async.settings import Settings
 from s3queue_async.storage import probe, throttle
 from s3queue_async.storage.base import Conflict, IfVersion, NotFound, Stored, Superseded
 from s3queue_async.storage.swap import swap
+from tests.simulation.history import Job
 from tests.simulation.scenario import Scenario
-from tests.simulation.store import PROFILES, Faults
+from tests.simulation.store import PROFILES, Faults, Profile
 
 FOREVER_S = 1e9
 
@@ -47,19 +48,52 @@ def undisturbed(scenario: Scenario) -> Scenario:
     return dataclasses.replace(scenario, faults=Faults(), deeds=dict.fromkeys(scenario.deeds, 0))
 
 
-def more(*, deeds: dict[str, int] | None = None, profile: str | None = None, **rates: Any) -> Focus:
-    """More of what a safeguard is against, where it takes a rare coincidence to need it."""
+def more(
+    *,
+    deeds: dict[str, int] | None = None,
+    profile: str | Profile | None = None,
+    jobs: Callable[[Scenario], Sequence[Job]] | None = None,
+    settings: dict[str, Any] | None = None,
+    fields: dict[str, Any] | None = None,
+    calm: bool = False,
+    **rates: Any,
+) -> Focus:
+    """More of what a safeguard is against, where it takes a rare coincidence to need it.
+
+    Args:
+        deeds: How often what is done to processes.
+        profile: The store's.
+        jobs: Other work.
+        settings: Other settings of the queue.
+        fields: Other fields of the scenario.
+        calm: Nothing else goes wrong than what is named here.
+        rates: Parts of the requests that go wrong, by fault.
+    """
 
     def focus(scenario: Scenario) -> Scenario:
-        chosen = next((one for one in PROFILES if one.name == profile), scenario.profile)
+        named = profile if isinstance(profile, Profile) else None
+        chosen = named or next((one for one in PROFILES if one.name == profile), scenario.profile)
         return dataclasses.replace(
             scenario,
             profile=chosen,
-            faults=dataclasses.replace(scenario.faults, **rates),
-            deeds={**scenario.deeds, **(deeds or {})},
+            faults=dataclasses.replace(Faults() if calm else scenario.faults, **rates),
+            deeds={**(dict.fromkeys(scenario.deeds, 0) if calm else scenario.deeds), **(deeds or {})},
+            jobs=scenario.jobs if jobs is None else tuple(jobs(scenario)),
+            settings=msgspec.structs.replace(scenario.settings, **(settings or {})),
+            **(fields or {}),
         )
 
     return focus
+
+
+def failing(scenario: Scenario) -> list[Job]:
+    """Nothing succeeds at once."""
+    return [Job(job.number, "fails", min(job.duration_s, 0.3), 1) for job in scenario.jobs]
+
+
+def work(number: int, duration_s: float, kind: str = "ok") -> Callable[[Scenario], list[Job]]:
+    """So many messages that take so long each."""
+    return lambda scenario: [Job(n, kind, duration_s, 1) for n in range(number)]
 
 
 @dataclass(frozen=True)
@@ -280,7 +314,19 @@ def trust_window(patch: Patch) -> None:
 
 @ablation(
     "A margin lies between the end of a worker's trust and the moment from which others take over",
-    focus=more(deeds={"cut": 8, "crash": 0}, profile="minio"),
+    focus=more(
+        calm=True,
+        deeds={"cut": 12},
+        profile="minio",
+        jobs=work(3, 40.0),
+        settings={
+            "visibility_timeout": 6.0,
+            "heartbeat_interval": 2.0,
+            "poll_interval": 0.1,
+            "max_poll_interval": 0.1,
+        },
+        fields={"workers": 4, "concurrency": 1, "deeds_within_s": 60.0},
+    ),
 )
 def lease_margin(patch: Patch) -> None:
     patch.setattr(Settings, "lease_margin", property(lambda self: 0.0))
@@ -312,7 +358,18 @@ def own_heartbeat_adoption(patch: Patch) -> None:
 
 @ablation(
     "A heartbeat is dated by what the store's replies said, not by the local clock",
-    focus=more(deeds={"jump": 8}, lost_reply=0.1),
+    focus=more(
+        calm=True,
+        deeds={"jump": 60},
+        jobs=work(12, 4.0),
+        settings={
+            "visibility_timeout": 6.0,
+            "heartbeat_interval": 2.0,
+            "segment_messages_max": 1,
+            "poll_interval": 1.0,
+        },
+        fields={"workers": 4, "concurrency": 1, "deeds_within_s": 80.0},
+    ),
 )
 def heartbeat_dates(patch: Patch) -> None:
     patch.setattr(shared.StoreTime, "seen", shared.StoreTime.earliest)
@@ -320,7 +377,7 @@ def heartbeat_dates(patch: Patch) -> None:
 
 @ablation(
     "A lease is over by the dates of the store's replies, not by the local clock alone",
-    focus=more(deeds={"jump": 12}, slow=0.1),
+    focus=more(deeds={"jump": 8}, late=0.1),
 )
 def certain_time(patch: Patch) -> None:
     patch.setattr(shared.StoreTime, "certain", shared.StoreTime.earliest)
@@ -363,7 +420,12 @@ def applied_moves(patch: Patch) -> None:
 
 @ablation(
     "What is still to be written is read off the claim after a rename whose reply was lost",
-    focus=more(late=0.3, lost_reply=0.3),
+    focus=more(
+        jobs=failing,
+        settings={"visibility_timeout": 10.0, "heartbeat_interval": 1.0, "segment_age": 2.0, "claim_linger": 4.0},
+        lost_request=0.25,
+        lost_reply=0.35,
+    ),
 )
 def moves_read_off_the_claim(patch: Patch) -> None:
     async def apply_all(self: Any, held: Any) -> set[str]:
@@ -399,7 +461,7 @@ def moves_before_delete(patch: Patch) -> None:
 
 @ablation(
     "When a settled segment is gone, all that moved out of it was written",
-    focus=more(deeds={"pause": 6, "cut": 6}, late=0.4),
+    focus=more(deeds={"pause": 8, "crash": 8}, jobs=failing, late=0.4),
 )
 def gone_means_moved(patch: Patch) -> None:
     async def never(*args: Any) -> bool:
@@ -410,7 +472,19 @@ def gone_means_moved(patch: Patch) -> None:
 
 @ablation(
     "A worker that stood still while a start was recorded does not begin it after its lease",
-    focus=more(deeds={"pause": 16, "crash": 8}, slow=0.2),
+    focus=more(
+        calm=True,
+        deeds={"pause": 16, "crash": 6},
+        profile=Profile("slow writes", read_s=0.1, write_s=0.4, list_s=0.1),
+        jobs=work(30, 0.2),
+        settings={
+            "visibility_timeout": 6.0,
+            "heartbeat_interval": 2.0,
+            "segment_messages_max": 16,
+            "split_after": None,
+        },
+        fields={"workers": 3, "concurrency": 8, "deeds_within_s": 60.0, "producers_work": False},
+    ),
 )
 def second_look_at_the_lease(patch: Patch) -> None:
     async def started(self: Any, held: Any, index: int) -> bool:
@@ -479,10 +553,17 @@ def second_delete(patch: Patch) -> None:
 
 
 @ablation(
-    "A segment that is younger than the last word in its claim is not run", focus=more(deeds={"crash": 8}, repeated=0.5)
+    "The claim of a young segment says that its moves are written before the segment goes",
+    focus=more(deeds={"crash": 8}, repeated=0.5, jobs=failing),
 )
-def date_of_a_late_copy(patch: Patch) -> None:
-    patch.setattr(claimer, "LEASE_MARGIN_MAX_S", FOREVER_S)
+def applied_before_delete(patch: Patch) -> None:
+    original = settler.Settler._record_applied
+
+    async def unless_complete(self: Any, held: Any, keys: Any) -> None:
+        if not held.complete:
+            await original(self, held, keys)
+
+    patch.setattr(settler.Settler, "_record_applied", unless_complete)
 
 
 @ablation("A worker does not take again what it has just ended", focus=more(repeated=0.4))
@@ -516,7 +597,15 @@ def durable_before_acknowledged(patch: Patch) -> None:
     patch.setattr(producer, "put_segment", hopeful)
 
 
-@ablation("A missing segment whose claim is there was written, and run", focus=more(lost_reply=0.3))
+@ablation(
+    "A missing segment whose claim is there was written, and run",
+    focus=more(
+        jobs=work(12, 0.0),
+        settings={"segment_age": 15.0, "claim_linger": 40.0, "segment_messages_max": 1},
+        lost_reply=0.3,
+        lost_request=0.3,
+    ),
+)
 def claim_shows_the_write(patch: Patch) -> None:
     original = writing.look
 
@@ -553,7 +642,6 @@ def old_enough_to_decide(patch: Patch) -> None:
 
 @ablation(
     "Deduplication: the marker says `finished` before the segment goes",
-    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
 )
 def finished_marker(patch: Patch) -> None:
     original = settler.Settler._mark
@@ -566,7 +654,6 @@ def finished_marker(patch: Patch) -> None:
 
 @ablation(
     "Deduplication: the marker says `written` before the message moves",
-    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
 )
 def written_marker(patch: Patch) -> None:
     original = settler.Settler._mark
@@ -579,7 +666,6 @@ def written_marker(patch: Patch) -> None:
 
 @ablation(
     "Deduplication: a claimed message whose marker names another copy, or is finished, is dropped",
-    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
 )
 def dropping_of_copies(patch: Patch) -> None:
     patch.setattr(Deduplicator, "is_duplicate", staticmethod(lambda *args, **options: False))
@@ -587,7 +673,6 @@ def dropping_of_copies(patch: Patch) -> None:
 
 @ablation(
     "Deduplication: a marker whose segment may still land is not taken over",
-    focus=more(deeds={"cut": 8}, lost_request=0.2, lost_reply=0.3, late=0.2),
 )
 def patience_with_markers(patch: Patch) -> None:
     original = Deduplicator._was_written
@@ -621,14 +706,6 @@ def forgetful_sweep(patch: Patch) -> None:
             self._lingering[entry.key] = float("inf")
 
     patch.setattr(recovery.Recovery, "_look_at_claim", for_ever)
-
-
-@ablation("A void segment is left to its writer at first", focus=more(profile="r2"))
-def void_left_to_its_writer(patch: Patch) -> None:
-    async def at_once(self: Any, key: Any, modified_s: float) -> None:
-        await self._shared.storage.delete(key.text)
-
-    patch.setattr(claimer.Claimer, "_clear_void", at_once)
 
 
 @ablation("The probe waits for a store that allows one write a second to one key", focus=more(profile="r2"))

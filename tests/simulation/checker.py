@@ -59,6 +59,11 @@ def _check_runs(history: History, message_id: str, runs: list[Run], problems: li
         _check_pair(history, message_id, earlier, later, problems, causes)
         if later.token <= earlier.token and not ambiguous:
             problems.append(f"token did not grow: {message_id} {earlier.token} -> {later.token}")
+    done_s = history.done_at.get(message_id, float("inf"))
+    for run in runs:
+        # Whoever claims a message looks at its marker after that.
+        if run.started_s > history.claimed_at.get((message_id, run.worker_id), 0.0) > done_s:
+            problems.append(f"ran after it was finished: {message_id} on {run.process} at {run.started_s - 1000:.2f}")
     attempts_max = history.settings.max_attempts
     for run in runs:
         if run.attempt > attempts_max:
@@ -184,6 +189,6 @@ def _check_losses(history: History, problems: list[str]) -> None:
         gone = loss.process in history.crashed_at or loss.process in suspended
         if loss.reason == TAKEN and (loss.process, loss.worker_id) not in over and not gone:
             problems.append(f"taken from a living worker: {loss.worker_id} at {loss.at_s - 1000:.2f}: {loss.reason}")
-        fenced = history.fenced is None or loss.worker_id in history.fenced
+        fenced = history.fenced is None or history.fenced.get(loss.worker_id, float("inf")) <= loss.at_s
         if loss.reason == FENCED and not fenced:
             problems.append(f"not fenced, but believed so: {loss.worker_id} at {loss.at_s - 1000:.2f}")

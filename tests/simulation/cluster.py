@@ -73,6 +73,7 @@ class Cluster:
         self.living: dict[str, str] = {}
         self.ending = False
         self.nameless: list[tuple[str, float]] = []
+        self.deduplicated: set[int] = set()
         self.released: Counter[int] = Counter()
         self.failed: Counter[int] = Counter()
 
@@ -188,10 +189,10 @@ class Cluster:
             options: dict[str, Any] = {"priority": rng.choice((0, 0, 9))}
             if rng.random() < 0.2:
                 options["delay"] = rng.choice((0.5, 3.0, 20.0))
-            dedup = rng.random() < 0.3
             # A producer's delays count from the store's time as it knows it: too early once its machine was suspended.
             due_s = self.world.time() + options.get("delay", 0.0) - process.slept_s
-            if len(together) > 1 and rng.random() < 0.5 and not dedup:
+            plain = not any(job.number in self.deduplicated for job in together)
+            if len(together) > 1 and rng.random() < 0.5 and plain:
                 try:
                     ids = await queue.enqueue_many(together, **options)
                 except QueueError as error:
@@ -204,11 +205,23 @@ class Cluster:
                 continue
             async with anyio.create_task_group() as group:
                 for job in together:
-                    group.start_soon(self._enqueue, queue, job, options, due_s, f"job {job.number}" if dedup else None)
+                    dedup_id = f"job {job.number}" if job.number in self.deduplicated else None
+                    group.start_soon(self._enqueue, queue, job, options, due_s, dedup_id)
+                    if dedup_id is not None and rng.random() < 0.5:
+                        # The same once more: at the same time, or when it waits, runs, has moved, or is done.
+                        again_s = rng.choice((0.0, 0.1, 2.0, 8.0, 20.0))
+                        group.start_soon(self._enqueue, queue, job, options, due_s, dedup_id, again_s)
 
     async def _enqueue(
-        self, queue: S3Queue[Job], job: Job, options: dict[str, Any], due_s: float, dedup_id: str | None
+        self,
+        queue: S3Queue[Job],
+        job: Job,
+        options: dict[str, Any],
+        due_s: float,
+        dedup_id: str | None,
+        after_s: float = 0.0,
     ) -> None:
+        await anyio.sleep(after_s)
         for attempt in range(3):
             try:
                 message_id = await queue.enqueue(job, dedup_id=dedup_id, **options)
@@ -222,6 +235,12 @@ class Cluster:
 
     def _acknowledged(self, job: Job, message_id: str, due_s: float, dedup_id: str | None) -> None:
         self.world.note(f"acknowledged {job.number} {job.kind} as {message_id}")
+        if dedup_id is not None:
+            earlier = next((sent for sent in self.history.sent if sent.message_id == message_id), None)
+            if earlier is not None:
+                # Which of the two was the first, only the store knows.
+                earlier.due_s = min(earlier.due_s, due_s)
+                return
         self.history.sent.append(Sent(message_id, job, self.world.time(), due_s, dedup_id))
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
@@ -317,6 +336,12 @@ class Cluster:
         scenario = self.scenario
         per_producer: list[list[Job]] = [[] for _ in range(scenario.producers)]
         for job in scenario.jobs:
+            if self.rng.random() < 0.3:
+                self.deduplicated.add(job.number)
+                if self.rng.random() < 0.5:
+                    for jobs in per_producer:
+                        jobs.append(job)
+                    continue
             self.rng.choice(per_producer).append(job)
         for jobs in per_producer:
             self.spawn("producer", partial(self.producer, jobs=jobs))

@@ -88,7 +88,9 @@ class History:
         faultless: Nothing went wrong, neither with the store nor with a process.
         ambiguous: Ids of messages that an ``enqueue.ambiguous`` event named.
         dead: The dead letters at the end, with their reasons and attempts.
-        fenced: Ids of workers that lost their heartbeat by another's hand; None when nobody watched.
+        fenced: When which worker was fenced, or its heartbeat deleted; None when nobody watched.
+        done_at: When a deduplication marker said first that its message is finished.
+        claimed_at: When which worker claimed a message of a segment, or took it over, for the last time.
         problems: What was found wrong while it ran.
     """
 
@@ -101,6 +103,8 @@ class History:
     lost: list[Loss] = field(default_factory=list)
     ambiguous: set[str] = field(default_factory=set)
     dead: dict[str, tuple[str, int]] = field(default_factory=dict)
-    fenced: set[str] | None = None
+    fenced: dict[str, float] | None = None
+    done_at: dict[str, float] = field(default_factory=dict)
+    claimed_at: dict[tuple[str, str], float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)

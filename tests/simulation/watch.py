@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
+from s3queue_async.engine.dedup import Marker
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
@@ -15,6 +18,7 @@ from tests.simulation.store import Store
 
 LIVE = (layout.READY, layout.DELAYED, layout.DEAD)
 HEARTBEATS = f"plugin/{layout.WORKERS}/"
+MARKERS = f"plugin/{layout.DEDUP}/"
 OVERTAKING_S = 4.0
 """How much later than a poll a worker may still claim by what it saw: the age of its listing, the time that it leaves
 to others, and the requests."""
@@ -30,8 +34,9 @@ class Watch:
         self._claims: dict[bytes, Claim] = {}
         self._keys: dict[str, SegmentKey] = {}
         self._reported: set[str] = set()
+        self._owners: dict[str, tuple[str, int]] = {}
         self._unclaimed_since: dict[str, float] = {}
-        self._fenced = history.fenced = set()
+        self._fenced = history.fenced = {}
         store.on_change.append(self._changed)
 
     def records(self, place: str) -> Iterator[segments.Record]:
@@ -44,12 +49,29 @@ class Watch:
         if key.startswith(HEARTBEATS):
             found = self._store.objects.get(key)
             if found is None or b'"state":"fenced"' in found.body:
-                self._fenced.add(key.removeprefix(HEARTBEATS))
+                self._fenced.setdefault(key.removeprefix(HEARTBEATS), self._store.world.time())
+        if key.startswith(MARKERS) and key in self._store.objects:
+            marker = msgspec.json.decode(self._store.objects[key].body, type=Marker)
+            if marker.state == "finished":
+                self._history.done_at.setdefault(marker.message_id, self._store.world.time())
         if not key.startswith((*LIVE, layout.CLAIMS)):
             return
+        if key.startswith(layout.CLAIMS) and key in self._store.objects:
+            self._claimed(key)
         self._one_live_copy()
         if self._history.faultless:
             self._priorities(key)
+
+    def _claimed(self, key: str) -> None:
+        claim = self._decoded(key, self._store.objects[key].body)
+        segment = self._store.objects.get(claim.segment)
+        if segment is None or self._owners.get(key) == (claim.owner, claim.token):
+            return
+        self._owners[key] = (claim.owner, claim.token)
+        now = self._store.world.time()
+        for record in self._index(claim.segment, segment.body).records:
+            if record.dedup_id is not None:
+                self._history.claimed_at[record.id, claim.owner] = now
 
     def _one_live_copy(self) -> None:
         """Invariant 3."""
@@ -109,9 +131,10 @@ class Watch:
 
     def _claim(self, key: SegmentKey) -> Claim | None:
         found = self._store.objects.get(key.claim)
-        if found is None:
-            return None
-        claim = self._claims.get(found.body)
+        return None if found is None else self._decoded(key.claim, found.body)
+
+    def _decoded(self, key: str, body: bytes) -> Claim:
+        claim = self._claims.get(body)
         if claim is None:
-            claim = self._claims[found.body] = claims.decode(key.claim, found.body)
+            claim = self._claims[body] = claims.decode(key, body)
         return claim
