@@ -97,7 +97,9 @@ class Deduplicator:
                 stored = lost.stored
             else:
                 return Reservation(name, marker, version)
-        raise StoreUnavailable("The deduplication id stayed contended.", suggestion="Enqueue it again.")
+        raise StoreUnavailable(
+            f"The deduplication id of message {marker.message_id} stayed contended.", suggestion="Enqueue it again."
+        )
 
     async def rename(self, reservation: Reservation, segment: SegmentKey) -> Reservation | str:
         """Name another segment, because the first was certainly not written; as ``reserve`` otherwise."""

@@ -198,7 +198,9 @@ class Session:
                     elif reason == NOT_RENEWED:
                         await self.lease.give_up()
                     else:
-                        await self.settler.disown_ended()
+                        # The heartbeat is to go even when there are more claims than time.
+                        with anyio.move_on_after(FAREWELL_S / 2):
+                            await self.settler.disown_ended()
                         await self.lease.leave()
                 except (StoreUnavailable, Throttled) as error:
                     log.warning("the heartbeat stays until it runs out", worker=self.worker_id, error=str(error))
