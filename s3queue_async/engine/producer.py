@@ -32,6 +32,7 @@ BULK_BATCHES_MAX = 8
 """Segments of one ``enqueue_many`` that are undecided before more payloads are taken."""
 DECIDE_WITHIN_S = 60.0
 """How long an enqueue goes on trying while the store does not answer."""
+MARKERS_REST_S = 1.5
 RECORD_OVERHEAD_BYTES = 96
 
 
@@ -376,7 +377,8 @@ class Producer:
 
     async def _write(self, batch: Batch) -> None:
         shared = self._shared
-        give_up = self._give_up_at(shared.clock.monotonic() + DECIDE_WITHIN_S)
+        give_up_at = shared.clock.monotonic() + DECIDE_WITHIN_S
+        give_up = self._give_up_at(give_up_at)
         key = self._new_key(batch)
         made_at = shared.clock.monotonic()
         enqueued_ms = key.created_ms
@@ -387,10 +389,14 @@ class Producer:
             if not batch.entries:
                 return
             took_s = shared.clock.monotonic() - made_at
-            if key.count != len(batch.entries) or took_s > shared.settings.segment_age / 2:
+            late = took_s > shared.settings.segment_age / 2
+            if late or key.count != len(batch.entries):
                 # The markers name the segment, and its name tells its count: name another one.
+                reserved = any(entry.reservation is not None for entry in batch.entries)
+                if late and reserved:
+                    await self._rest(batch, give_up_at)
                 key, made_at = self._new_key(batch), shared.clock.monotonic()
-                if any(entry.reservation is not None for entry in batch.entries):
+                if reserved:
                     continue
             index = segments.Index(_records(batch.entries, enqueued_ms), batch.priority)
             payloads = [entry.payload for entry in batch.entries]
@@ -437,6 +443,21 @@ class Producer:
         await together(wanted, reserve, at_once=WRITES_MAX)
         for entry in gone:
             batch.entries.remove(entry)
+
+    async def _rest(self, batch: Batch, give_up_at: float) -> None:
+        """Leave the markers alone before they are written again.
+
+        Otherwise, on a store that allows one write a second to one key, the next name would be as old before they
+        name it, and so would every name after it (found by simulation).
+        """
+        clock = self._shared.clock
+        if clock.monotonic() > give_up_at:
+            raise StoreUnavailable(
+                f"The deduplication ids of {len(batch.entries)} messages could not be reserved fast enough within "
+                f"{DECIDE_WITHIN_S:g} s: nothing was enqueued.",
+                suggestion="Enqueue them again later.",
+            )
+        await clock.sleep(MARKERS_REST_S)
 
     def _give_up_at(self, local_time: float) -> Callable[[QueueError], None]:
         def give_up(error: QueueError) -> None:

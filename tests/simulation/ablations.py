@@ -208,6 +208,19 @@ def void_rule(patch: Patch) -> None:
     patch.setattr(segments, "is_void", lambda *args: False)
 
 
+@ablation("Void segments are left to their writer for a while", focus=more(profile="r2"))
+def void_left_to_its_writer(patch: Patch) -> None:
+    async def at_once(self: Any, key: SegmentKey, modified_s: float) -> None:
+        await self._clear_void(key)
+
+    patch.setattr(claimer.Claimer, "_clear_left_void", at_once)
+
+
+@ablation("The markers of a batch rest before they name another segment", focus=more(profile="r2"))
+def markers_rest(patch: Patch) -> None:
+    patch.setattr(producer.Producer, "_rest", _nothing)
+
+
 @ablation("A claim that its owner's younger heartbeat does not name is anybody's")
 def abandonment_rule(patch: Patch) -> None:
     patch.setattr(registry.Registry, "is_abandoned", lambda *args: False)
@@ -332,7 +345,15 @@ def lease_margin(patch: Patch) -> None:
     patch.setattr(Settings, "lease_margin", property(lambda self: 0.0))
 
 
-@ablation("Heartbeats are written by compare-and-swap", focus=more(deeds={"suspend": 8}))
+@ablation(
+    "Heartbeats are written by compare-and-swap",
+    focus=more(
+        deeds={"suspend": 8},
+        jobs=work(12, 40.0),
+        settings={"visibility_timeout": 6.0, "heartbeat_interval": 2.0},
+        calm=True,
+    ),
+)
 def heartbeat_condition(patch: Patch) -> None:
     original = shared.Shared.swap
 
@@ -377,7 +398,14 @@ def heartbeat_dates(patch: Patch) -> None:
 
 @ablation(
     "A lease is over by the dates of the store's replies, not by the local clock alone",
-    focus=more(deeds={"jump": 8}, late=0.1),
+    focus=more(
+        deeds={"jump": 40},
+        jobs=work(20, 20.0),
+        settings={"visibility_timeout": 6.0, "heartbeat_interval": 2.0},
+        profile=Profile("far", 0.5, 0.5, 0.5),
+        fields={"workers": 4},
+        calm=True,
+    ),
 )
 def certain_time(patch: Patch) -> None:
     patch.setattr(shared.StoreTime, "certain", shared.StoreTime.earliest)

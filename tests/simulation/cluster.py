@@ -74,6 +74,7 @@ class Cluster:
         self.ending = False
         self.nameless: list[tuple[str, float]] = []
         self.deduplicated: set[int] = set()
+        self.due_s: dict[str, float] = {}
         self.released: Counter[int] = Counter()
         self.failed: Counter[int] = Counter()
 
@@ -222,6 +223,9 @@ class Cluster:
         after_s: float = 0.0,
     ) -> None:
         await anyio.sleep(after_s)
+        if dedup_id is not None:
+            # Whichever try comes first counts, an unanswered one, too; which that was only the store knows.
+            self.due_s[dedup_id] = min(due_s, self.due_s.get(dedup_id, due_s))
         for attempt in range(3):
             try:
                 message_id = await queue.enqueue(job, dedup_id=dedup_id, **options)
@@ -235,12 +239,8 @@ class Cluster:
 
     def _acknowledged(self, job: Job, message_id: str, due_s: float, dedup_id: str | None) -> None:
         self.world.note(f"acknowledged {job.number} {job.kind} as {message_id}")
-        if dedup_id is not None:
-            earlier = next((sent for sent in self.history.sent if sent.message_id == message_id), None)
-            if earlier is not None:
-                # Which of the two was the first, only the store knows.
-                earlier.due_s = min(earlier.due_s, due_s)
-                return
+        if dedup_id is not None and any(sent.message_id == message_id for sent in self.history.sent):
+            return
         self.history.sent.append(Sent(message_id, job, self.world.time(), due_s, dedup_id))
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
@@ -414,6 +414,9 @@ class Cluster:
                 where = "".join(traceback.format_exception(failure)[-3:])
                 self.history.problems.append(f"{process} failed: {failure!r} {where}")
         self.history.leftovers = self._leftovers()
+        for sent in self.history.sent:
+            if sent.dedup_id is not None:
+                sent.due_s = self.due_s[sent.dedup_id]
         numbers = {run.message_id: run.number for run in self.history.runs}
         jobs = {job.number: job for job in self.scenario.jobs}
         for message_id, due_s in self.nameless:

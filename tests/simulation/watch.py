@@ -36,6 +36,7 @@ class Watch:
         self._reported: set[str] = set()
         self._owners: dict[str, tuple[str, int]] = {}
         self._unclaimed_since: dict[str, float] = {}
+        self._beat_at: dict[str, float] = {}
         self._fenced = history.fenced = {}
         store.on_change.append(self._changed)
 
@@ -47,9 +48,7 @@ class Watch:
 
     def _changed(self, key: str) -> None:
         if key.startswith(HEARTBEATS):
-            found = self._store.objects.get(key)
-            if found is None or b'"state":"fenced"' in found.body:
-                self._fenced.setdefault(key.removeprefix(HEARTBEATS), self._store.world.time())
+            self._heartbeat(key)
         if key.startswith(MARKERS) and key in self._store.objects:
             marker = msgspec.json.decode(self._store.objects[key].body, type=Marker)
             if marker.state == "finished":
@@ -61,6 +60,18 @@ class Watch:
         self._one_live_copy()
         if self._history.faultless:
             self._priorities(key)
+
+    def _heartbeat(self, key: str) -> None:
+        now = self._store.world.time()
+        found = self._store.objects.get(key)
+        beat_at = self._beat_at.pop(key, None)
+        if found is not None and b'"state":"fenced"' not in found.body:
+            self._beat_at[key] = now
+            return
+        worker_id = key.removeprefix(HEARTBEATS)
+        self._fenced.setdefault(worker_id, now)
+        if found is not None and beat_at is not None and now < beat_at + self._history.settings.visibility_timeout:
+            self._history.problems.append(f"fenced {now - beat_at:.2f} s after its last heartbeat: {worker_id}")
 
     def _claimed(self, key: str) -> None:
         claim = self._decoded(key, self._store.objects[key].body)
