@@ -412,14 +412,18 @@ class Producer:
                 shared.bus.emit(EnqueueAmbiguous(message_ids=[entry.id for entry in batch.entries]))
             await self._pace.too_late()
             key, made_at = self._new_key(batch), shared.clock.monotonic()
-        if shared.bus.wants(MessageEnqueued.name):
-            for entry in batch.entries:
-                shared.bus.emit(MessageEnqueued(message_id=entry.id, priority=batch.priority, delayed=batch.due_ms > 0))
+        self._announce(batch)
         if self.hand_over is not None:
             if batch.due_ms:
                 self.hand_over.notice_due(batch.due_ms)
             else:
                 self.hand_over.offer(key, index, payloads, shown_at=sent_at)
+
+    def _announce(self, batch: Batch) -> None:
+        if self._shared.bus.wants(MessageEnqueued.name):
+            delayed = batch.due_ms > 0
+            for entry in batch.entries:
+                self._shared.bus.emit(MessageEnqueued(message_id=entry.id, priority=batch.priority, delayed=delayed))
 
     async def _reserve(self, batch: Batch, key: SegmentKey) -> None:
         """Reserve the deduplication ids; messages that are in the queue already leave the batch with their old id."""

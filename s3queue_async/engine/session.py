@@ -13,6 +13,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from s3queue_async.engine.claimer import Claimer
+from s3queue_async.engine.coordination import Coordination
 from s3queue_async.engine.feed import Feed
 from s3queue_async.engine.held import Departing, Done, Held
 from s3queue_async.engine.recovery import Recovery
@@ -215,6 +216,11 @@ class Session:
         """What this session's worker did so far."""
         tally = self._tally
         return Counters(tally.completed, tally.retried, tally.failed, tally.dead)
+
+    @property
+    def coordination(self) -> Coordination:
+        """What this process knows of the queue's coordination."""
+        return Coordination()
 
     @property
     def is_over(self) -> bool:

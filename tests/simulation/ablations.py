@@ -449,10 +449,20 @@ def applied_moves(patch: Patch) -> None:
 @ablation(
     "What is still to be written is read off the claim after a rename whose reply was lost",
     focus=more(
-        jobs=failing,
-        settings={"visibility_timeout": 10.0, "heartbeat_interval": 1.0, "segment_age": 2.0, "claim_linger": 4.0},
-        lost_request=0.25,
-        lost_reply=0.35,
+        jobs=work(24, 5.0, "fails"),
+        settings={
+            "visibility_timeout": 6.0,
+            "heartbeat_interval": 1.0,
+            "segment_age": 2.0,
+            "claim_linger": 4.0,
+            "segment_messages_max": 16,
+            "checkpoint_interval": 0.5,
+            "split_after": None,
+        },
+        fields={"concurrency": 1, "workers": 2},
+        outages=16,
+        partitions=("delayed/", "claims/", "claims/"),
+        calm=True,
     ),
 )
 def moves_read_off_the_claim(patch: Patch) -> None:

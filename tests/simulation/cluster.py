@@ -55,6 +55,7 @@ class Cluster:
         self.scenario = scenario
         self.world = world
         self.rng = Random(f"cluster {scenario.seed}")
+        self.outage_rng = Random(f"outages of the cluster {scenario.seed}")
         self.store = Store(
             world,
             scenario.profile,
@@ -266,6 +267,7 @@ class Cluster:
             deeds += [(rng.uniform(0.5, scenario.deeds_within_s), deed) for _ in range(count)]
         if scenario.faults.throttled and rng.random() < 0.5:
             deeds.append((rng.uniform(1, FAULTY_FOR_S / 2), "storm"))
+        deeds += [(self.outage_rng.uniform(1, FAULTY_FOR_S / 2), "outage") for _ in range(scenario.faults.outages)]
         deeds.sort()
         began = self.world.time()
         for at_s, deed in deeds:
@@ -280,6 +282,12 @@ class Cluster:
         if deed == "storm":
             faults.counts["storm of 503"] += 1
             faults.storm_until = self.world.time() + rng.uniform(5, 40)
+            return
+        if deed == "outage":
+            faults.counts["outage of a prefix"] += 1
+            faults.outage_prefix = self.outage_rng.choice(faults.partitions)
+            faults.outage_until = self.world.time() + self.outage_rng.uniform(2, 30)
+            self.world.note(f"outage of {faults.outage_prefix} until {faults.outage_until - 1000:.2f}")
             return
         workers = [process for process in alive if process.name.startswith("worker")]
         if not workers or (deed == "terminate" and len(workers) < 2):

@@ -59,6 +59,8 @@ def draw(seed: int) -> Scenario:
         conflict=chance(0.05),
         slow=chance(0.02),
     )
+    if severity and Random(f"outages {seed}").random() < 0.15:
+        faults.outages = 2
     visibility_s = rng.choice((6.0, 10.0, 20.0))
     segment_age_s, claim_linger_s = rng.choice(((2.0, 4.0), (5.0, 10.0), (5.0, 10.0)))
     settings = Settings(

@@ -81,11 +81,16 @@ REQUEST_FAULTS = (
     "500 after applying",
     "503 slow down",
     "storm of 503",
+    "outage of a prefix",
     "error under status 200",
     "cut off",
     "cut on the way back only",
 )
 """What can become of a request, as the summary names it."""
+
+
+PARTITIONS = ("ready/", "delayed/", "claims/", "plugin/workers/", "plugin/dedup/")
+"""Prefixes that a store may serve from machines of their own, as S3 does."""
 
 
 class Wrong(Enum):
@@ -113,6 +118,10 @@ class Faults:
     slow: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     storm_until: float = 0.0
+    outages: int = 0
+    partitions: tuple[str, ...] = PARTITIONS
+    outage_prefix: str = ""
+    outage_until: float = 0.0
 
     @property
     def any(self) -> bool:
@@ -128,6 +137,7 @@ class Faults:
                 self.error_after_applying,
                 self.conflict,
                 self.slow,
+                self.outages,
             )
         )
 
@@ -360,6 +370,9 @@ class _Request:
         faults, rng = self.store.faults, self.store.rng
         if not faults.active:
             self._later(self.way_there, self.arrive)
+            return
+        if self.world.time() < faults.outage_until and self.key.startswith(faults.outage_prefix):
+            rng.choice((self._fail_before, self._fail_after))()
             return
         throttled = STORM_PART if self.world.time() < faults.storm_until else faults.throttled
         fates: tuple[tuple[float, Callable[[], None]], ...] = (
