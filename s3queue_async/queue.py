@@ -703,7 +703,7 @@ class S3Queue(Generic[PayloadT]):
     @property
     def is_coordinator(self) -> bool:
         """Whether this process coordinates the queue's workers."""
-        return False
+        return self._session is not None and self._session.election.leading
 
     @property
     def worker_id(self) -> str | None:

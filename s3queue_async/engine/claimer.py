@@ -1,4 +1,4 @@
-"""Finds segments and claims them: directly from listings, taking over what nobody holds any more."""
+"""Claims segments while there is demand for messages, and takes over what nobody holds any more."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import anyio
 from anyio.abc import TaskGroup
 
 from s3queue_async.engine.dedup import Deduplicator
+from s3queue_async.engine.finder import Candidate, Finder
 from s3queue_async.engine.held import Held
 from s3queue_async.engine.registry import Lease, Registry
+from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
 from s3queue_async.errors import CorruptObject, NewerFormat, QueueError, StoreUnavailable, Throttled
-from s3queue_async.events import ObjectSetAside, SegmentVoided
 from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
-from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.claim import Claim
-from s3queue_async.protocol.layout import Place, SegmentKey
-from s3queue_async.protocol.ranking import falls_to
+from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.storage.base import (
-    Entry,
     IfAbsent,
     IfVersion,
     NotFound,
@@ -35,39 +33,13 @@ from s3queue_async.storage.base import (
 from s3queue_async.wakeup import Wakeup
 
 CLAIMS_AT_ONCE = 32
-LIST_LIMIT_MIN = 32
-LIST_LIMIT_MAX = 1000
-PAGES_MAX = 10
-BLOCKED_MAX = 20_000
 QUEUED_BYTES_MAX = 64 * 1024 * 1024
 """Payload bytes that may wait in memory before the next segment is claimed."""
 CANDIDATES_STALE_S = 1.0
 """How long a listing is gone by before the store is asked again whether something more urgent came."""
-OTHERS_AFTER_S = 0.5
-"""How long a segment is left to the worker that ranking gives it to."""
-DELAYED_EVERY_S = 1.0
-"""How often delayed segments are listed while none is known to become due."""
 LOOK_AGAIN_S = 1.0
 REFUSED_AGAIN_S = 60.0
-BUSY_POLL_CAP_S = 1.0
-"""The longest wait between looks while others hold segments of several messages, which they may hand back."""
 FETCH_ESTIMATE_S = 0.05
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A segment that was seen and may be claimed; ``written_at``: local time before this process wrote it, if it did."""
-
-    key: SegmentKey
-    written_at: float | None = None
-    taken: bool = False
-
-
-@dataclass(slots=True)
-class Blocked:
-    """A segment that is somebody else's as far as known, and when to look again."""
-
-    look_at: float
 
 
 class Claimer:
@@ -77,6 +49,8 @@ class Claimer:
         shared: What all roles have.
         registry: Who is alive.
         lease: Under which the claims are made.
+        finder: Knows what may be claimed, and when to look again.
+        scanner: Clears away what does not count.
         demand: Messages wanted beyond those that wait already or are being claimed.
         deliver: Takes each segment that was claimed.
         known: Names of segments that this worker holds or has just ended.
@@ -88,6 +62,8 @@ class Claimer:
         shared: Shared,
         registry: Registry,
         lease: Lease,
+        finder: Finder,
+        scanner: Scanner,
         *,
         demand: Callable[[], int],
         queued_bytes: Callable[[], int],
@@ -99,6 +75,8 @@ class Claimer:
         self._shared = shared
         self._registry = registry
         self._lease = lease
+        self._finder = finder
+        self._scanner = scanner
         self._demand = demand
         self._queued_bytes = queued_bytes
         self._deliver = deliver
@@ -106,28 +84,19 @@ class Claimer:
         self._let_linger = let_linger
         self._release = release
         self._dedup = Deduplicator(shared)
-        settings = shared.settings
-        self._polling = Polling(min_s=settings.poll_interval, max_s=settings.max_poll_interval)
-        self._next_poll = 0.0
-        self._next_delayed = 0.0
-        self._next_peers = 0.0
-        self._due_ms: int | None = None
-        self._peers: list[str] = []
         self._candidates: list[Candidate] = []
         self._looked_at = 0.0
-        self._started = 0
-        self._blocked: dict[str, Blocked] = {}
-        self._limit = LIST_LIMIT_MIN
-        self._more = False
         self._poked = Wakeup()
         self._group: TaskGroup | None = None
         self._quiet = Wakeup()
         self._stopped = False
-        self._reported: set[str] = set()
         self.claiming: dict[str, int] = {}
         self.last_progress = shared.clock.monotonic()
         self.polled = 0
-        self.fetch_s = FETCH_ESTIMATE_S
+        self._fetch_s = FETCH_ESTIMATE_S
+        self.claims_by_ticket = 0
+        self.claims_direct = 0
+        self.claims_wasted = 0
 
     # -- what the others call ------------------------------------------------------------------------------------
 
@@ -137,8 +106,7 @@ class Claimer:
 
     def notice(self) -> None:
         """There is something new: look at once."""
-        self._polling.found()
-        self._next_poll = min(self._next_poll, self._shared.clock.monotonic())
+        self._finder.notice()
         self.poke()
 
     def offer(self, key: SegmentKey, index: segments.Index, payloads: Sequence[bytes], *, shown_at: float) -> bool:
@@ -155,8 +123,7 @@ class Claimer:
 
     def notice_due(self, due_ms: int) -> None:
         """A delayed segment becomes due then."""
-        if self._due_ms is None or due_ms < self._due_ms:
-            self._due_ms = due_ms
+        if self._finder.notice_due(due_ms):
             self.poke()
 
     async def stop(self) -> None:
@@ -170,7 +137,8 @@ class Claimer:
         """One look, and every claim that comes of it; for callers that do not wait for messages."""
         before = self.polled
         while self.polled == before and not self._stopped and self._demand() > 0:
-            self.notice()
+            self._finder.look_directly()
+            self.poke()
             await self._quiet.wait()
         while self.claiming:
             await self._quiet.wait()
@@ -178,6 +146,11 @@ class Claimer:
     @property
     def claiming_messages(self) -> int:
         return sum(self.claiming.values())
+
+    @property
+    def fetch_s(self) -> float:
+        """How long it takes to have the messages of a segment that is there, in seconds: to see it, and to claim it."""
+        return self._fetch_s + self._finder.ticket_wait_s
 
     async def run(self) -> None:
         """Claim until cancelled."""
@@ -190,21 +163,16 @@ class Claimer:
                     continue
                 if self._start_next(self._group):
                     continue
-                now = clock.monotonic()
-                due_in_s = self._due_in_s()
-                if now < self._next_poll and due_in_s > 0:
-                    await self._wait(min(self._next_poll - now, due_in_s))
+                wait_s = self._finder.wait_s(clock.monotonic())
+                if wait_s > 0:
+                    await self._wait(wait_s)
                     continue
                 try:
-                    await self._poll()
+                    self._candidates = await self._finder.find()
+                    self._candidates.reverse()
+                    self._looked_at = clock.monotonic()
                 except (StoreUnavailable, Throttled) as error:
-                    log.warning("looking for messages failed", error=str(error))
-                    self._polling.empty()
-                    wait_s = self._polling.delay_s(self._shared.random.random())
-                    if isinstance(error, Throttled) and error.retry_after_s is not None:
-                        wait_s = max(wait_s, error.retry_after_s)
-                    self._next_poll = clock.monotonic() + wait_s
-                    self._due_ms = None
+                    self._finder.failed(error)
                 self.polled += 1
                 self._quiet.set()
 
@@ -222,171 +190,6 @@ class Claimer:
         with anyio.move_on_after(max(0.0, most_s)):
             await self._poked.wait()
 
-    def _due_in_s(self) -> float:
-        return float("inf") if self._due_ms is None else self._due_ms / 1000 - self._shared.time.earliest()
-
-    async def _poll(self) -> None:
-        """List what may be claimable, best first."""
-        shared = self._shared
-        now = shared.clock.monotonic()
-        self._prune(now)
-        if now >= self._next_peers:
-            await self._list_peers(now)
-        found: list[Candidate] = []
-        others_busy = False
-        for listed in (self._list_ready, self._list_delayed):
-            candidates, busy = await listed()
-            found += candidates
-            others_busy = others_busy or busy
-        self._candidates = self._ranked(found)
-        self._candidates.reverse()
-        self._looked_at = shared.clock.monotonic()
-        if found:
-            self._polling.found()
-        else:
-            self._polling.empty(cap_s=BUSY_POLL_CAP_S if others_busy else None)
-        self._next_poll = shared.clock.monotonic() + self._polling.delay_s(shared.random.random())
-        if found and self._more:
-            self._next_poll = 0.0
-
-    async def _list_peers(self, now: float) -> None:
-        own = self._lease.worker_id
-        self._peers = sorted(worker for worker in await self._registry.list() if worker != own)
-        self._next_peers = now + self._shared.settings.heartbeat_interval
-
-    async def _list_ready(self) -> tuple[list[Candidate], bool]:
-        after = ""
-        found: list[Candidate] = []
-        busy = False
-        # No more than will be claimed before the next look: a long listing is slow, and stale before its end is reached.
-        self._limit = max(LIST_LIMIT_MIN, min(LIST_LIMIT_MAX, 2 * self._started))
-        self._started = 0
-        for _ in range(PAGES_MAX):
-            page = await self._shared.storage.list(layout.READY, after=after, limit=self._limit)
-            usable, held_by_others = await self._usable(page.entries)
-            found += usable
-            busy = busy or held_by_others
-            self._more = page.more
-            if found or not page.more:
-                break
-            after = page.entries[-1].key
-        return found, busy
-
-    async def _list_delayed(self) -> tuple[list[Candidate], bool]:
-        now = self._shared.clock.monotonic()
-        if now < self._next_delayed and self._due_in_s() > 0:
-            return [], False
-        bound = layout.due_bound(int(self._shared.time.earliest() * 1000))
-        page = await self._shared.storage.list(layout.DELAYED, limit=self._limit)
-        due = [entry for entry in page.entries if entry.key < bound]
-        self._due_ms = None
-        for entry in page.entries[len(due) :]:
-            try:
-                self._due_ms = SegmentKey.parse(entry.key).due_ms
-            except ValueError:
-                continue
-            break
-        found, busy = await self._usable(due)
-        self._next_delayed = 0.0 if found and page.more else now + DELAYED_EVERY_S
-        return found, busy
-
-    async def _usable(self, entries: Sequence[Entry]) -> tuple[list[Candidate], bool]:
-        """Which of the listed segments may be claimed; and whether others hold segments of several messages."""
-        now = self._shared.clock.monotonic()
-        found: list[Candidate] = []
-        busy = False
-        for entry in entries:
-            try:
-                key = SegmentKey.parse(entry.key)
-            except ValueError:
-                self._report(entry.key, "its name is no segment's")
-                continue
-            if self._known(key.name) or key.name in self.claiming:
-                continue
-            if segments.is_void(key.created_ms, entry.modified_s, self._shared.settings.segment_age):
-                await self._clear_left_void(key, entry.modified_s)
-                continue
-            blocked = self._blocked.get(key.name)
-            if blocked is not None and blocked.look_at > now:
-                busy = busy or key.count > 1
-                continue
-            found.append(Candidate(key))
-        if found and self._peers:
-            found, taken = await self._without_claimed(found, now)
-            busy = busy or taken
-        return found, busy
-
-    async def _clear_left_void(self, key: SegmentKey, modified_s: float) -> None:
-        """Delete a void segment that its writer left behind.
-
-        At first it is left alone: its writer deletes it in a moment, and several who do would, on a store that allows
-        one write a second to one key, be refused until they slow down all that they write (found by simulation).
-        """
-        if self._shared.time.earliest() - modified_s > self._shared.settings.segment_age:
-            await self._clear_void(key)
-
-    async def _clear_void(self, key: SegmentKey) -> None:
-        self._shared.bus.emit(SegmentVoided(key=key.text))
-        await self._shared.storage.delete(key.text)
-
-    async def _without_claimed(self, found: list[Candidate], now: float) -> tuple[list[Candidate], bool]:
-        """Leave out what others hold by the listing of claims: a listing costs less than the tries that would fail."""
-        first = min(candidate.key.ulid for candidate in found)
-        last = max(candidate.key.name for candidate in found)
-        claimed: dict[str, float] = {}
-        after = layout.CLAIMS + first
-        for _ in range(PAGES_MAX):
-            page = await self._shared.storage.list(layout.CLAIMS, after=after)
-            claimed.update((layout.claim_name(entry.key), entry.modified_s) for entry in page.entries)
-            if not page.more or layout.claim_name(page.entries[-1].key) > last:
-                break
-            after = page.entries[-1].key
-        free: list[Candidate] = []
-        busy = False
-        for candidate in found:
-            name = candidate.key.name
-            if name in claimed and name not in self._blocked:
-                # Nobody asks for a claim's owner before its lease can be over: half a timeout after it was written.
-                age_s = self._shared.time.earliest() - claimed[name]
-                self._block(name, self._shared.settings.visibility_timeout / 2 - age_s)
-                if self._blocked[name].look_at > now:
-                    busy = busy or candidate.key.count > 1
-                    continue
-            free.append(candidate)
-        return free, busy
-
-    def _ranked(self, found: list[Candidate]) -> list[Candidate]:
-        """Highest priority and then oldest first; of these, what falls to this worker before what falls to others."""
-        if not self._peers:
-            return sorted(found, key=lambda candidate: (-candidate.key.priority, candidate.key.ulid))
-        now_s = self._shared.time.now_ms() / 1000
-        ranked: list[tuple[int, bool, str, Candidate]] = []
-        for candidate in found:
-            key = candidate.key
-            mine = falls_to(self._lease.worker_id, key.name, self._peers)
-            if mine or key.place is Place.DELAYED or now_s - key.created_ms / 1000 > OTHERS_AFTER_S:
-                ranked.append((-key.priority, not mine, key.ulid, candidate))
-        ranked.sort(key=lambda item: item[:3])
-        return [item[3] for item in ranked]
-
-    def _prune(self, now: float) -> None:
-        if len(self._blocked) > BLOCKED_MAX:
-            self._blocked = {name: block for name, block in self._blocked.items() if block.look_at > now}
-        if len(self._blocked) > BLOCKED_MAX:
-            self._blocked.clear()
-
-    def _block(self, name: str, for_s: float) -> None:
-        self._blocked[name] = Blocked(self._shared.clock.monotonic() + max(0.0, for_s))
-
-    def _report(self, key: str, reason: str, quarantined: str | None = None) -> None:
-        if key in self._reported:
-            return
-        if len(self._reported) > BLOCKED_MAX:
-            self._reported.clear()
-        self._reported.add(key)
-        log.error("an object of the queue cannot be used", key=key, reason=reason, quarantined=quarantined)
-        self._shared.bus.emit(ObjectSetAside(key=key, reason=reason, quarantined=quarantined))
-
     # -- claiming ------------------------------------------------------------------------------------------------
 
     def _start_next(self, group: TaskGroup) -> bool:
@@ -394,13 +197,9 @@ class Claimer:
         now = self._shared.clock.monotonic()
         while self._candidates:
             candidate = self._candidates.pop()
-            name = candidate.key.name
-            blocked = self._blocked.get(name)
-            if self._known(name) or name in self.claiming or (blocked is not None and blocked.look_at > now):
+            if not self._finder.is_free(candidate.key.name, now) or now - self._looked_at > CANDIDATES_STALE_S:
                 continue
-            if now - self._looked_at > CANDIDATES_STALE_S:
-                continue
-            self._started += 1
+            self._finder.started(candidate)
             self._start(group, candidate, None)
             return True
         return False
@@ -432,17 +231,21 @@ class Claimer:
         name = candidate.key.name
         held = None
         # Only a claim in the way is worth a look; a segment that was refused waits until its time.
-        in_the_way = name in self._blocked
+        in_the_way = self._finder.in_the_way(name)
         if not in_the_way:
             started = self._shared.clock.monotonic()
             held = await self._claim_fresh(candidate, offered)
             if held is not None:
-                self.fetch_s += 0.2 * (self._shared.clock.monotonic() - started - self.fetch_s)
+                self._fetch_s += 0.2 * (self._shared.clock.monotonic() - started - self._fetch_s)
             in_the_way = candidate.taken
         if held is None and in_the_way:
             held = await self._inspect(candidate.key)
         if held is not None:
-            self._blocked.pop(name, None)
+            self._finder.unblock(name)
+            if candidate.ticketed:
+                self.claims_by_ticket += 1
+            else:
+                self.claims_direct += 1
         return held
 
     async def _attempt(self, candidate: Candidate, offered: tuple[segments.Index, list[bytes]] | None) -> None:
@@ -457,7 +260,7 @@ class Claimer:
         except QueueError as error:
             # Among them a claim that another worker took while it was being given back.
             log.warning("claiming failed", segment=key.name, error=str(error))
-            self._block(key.name, LOOK_AGAIN_S)
+            self._finder.block(key.name, LOOK_AGAIN_S)
         finally:
             del self.claiming[key.name]
             self._quiet.set()
@@ -489,8 +292,8 @@ class Claimer:
                 group.cancel_scope.cancel()
         if taken:
             candidate.taken = True
-            self._block(key.name, 0.0)
-            self._next_peers = 0.0
+            self.claims_wasted += 1
+            self._finder.lost(candidate)
             return None
         if reading.error is not None:
             raise reading.error
@@ -537,7 +340,7 @@ class Claimer:
             self._let_linger(key)
             return None
         if segments.is_void(key.created_ms, stored.modified_s, self._shared.settings.segment_age):
-            await self._clear_void(key)
+            await self._scanner.clear_void(key)
             self._let_linger(key)
             return None
         try:
@@ -545,14 +348,14 @@ class Claimer:
             if len(segment.payloads) != key.count:
                 raise CorruptObject(key.text, f"holds {len(segment.payloads)} messages, its name says {key.count}")
         except NewerFormat as error:
-            self._report(key.text, error.reason)
+            self._scanner.report(key.text, error.reason)
             await self._release(Held(key, claim, version, segments.Index([], key.priority), [], claimed_at=0.0))
-            self._block(key.name, REFUSED_AGAIN_S)
+            self._finder.block(key.name, REFUSED_AGAIN_S)
             return None
         held = self._held(key, claim, version, segment)
         if segment.index.parent is not None and not await self._parent_allows(segment.index.parent, key.text):
             await self._release(held)
-            self._block(key.name, LOOK_AGAIN_S)
+            self._finder.block(key.name, LOOK_AGAIN_S)
             return None
         await self._drop_duplicates(held)
         return held
@@ -604,7 +407,7 @@ class Claimer:
         try:
             stored = await shared.storage.get(key.claim)
         except NotFound:
-            self._blocked.pop(key.name, None)
+            self._finder.unblock(key.name)
             self.notice()
             return None
         assert isinstance(stored, Stored)
@@ -614,14 +417,14 @@ class Claimer:
             return await self._replace_corrupt(key, stored, error)
         crashed = False
         if claim.owner == self._lease.worker_id and self._known(key.name):
-            self._blocked.pop(key.name, None)
+            self._finder.unblock(key.name)
             return None
         if claim.owner and claim.owner != self._lease.worker_id:
             peer = await self._registry.owner(claim.owner)
             if peer is None:
                 crashed = True
             elif not self._registry.is_abandoned(peer, key.name, stored.modified_s):
-                self._block(key.name, self._registry.lease_left_s(peer))
+                self._finder.block(key.name, self._registry.lease_left_s(peer))
                 return None
 
         def take(source: segments.Index) -> Claim:
@@ -655,7 +458,7 @@ class Claimer:
                 deadline_s=self._shared.settings.claim_trust,
             )
         except Superseded:
-            self._block(key.name, LOOK_AGAIN_S)
+            self._finder.block(key.name, LOOK_AGAIN_S)
             return None
         log.info("segment taken over", segment=key.name, owner_lost=taken.crashes > 0, token=taken.token)
         return await self._admit(key, taken, version, reading.stored)
@@ -666,8 +469,8 @@ class Claimer:
         wait_s = stored.modified_s + settings.visibility_timeout + settings.lease_margin
         left_s = wait_s + self._shared.time.resolution_s - self._shared.time.certain()
         if left_s > 0:
-            self._report(key.claim, error.reason)
-            self._block(key.name, left_s)
+            self._scanner.report(key.claim, error.reason)
+            self._finder.block(key.name, left_s)
             return None
         await self._quarantine(key.claim, stored.body)
 
@@ -693,10 +496,10 @@ class Claimer:
             return
         except (StoreUnavailable, Throttled) as failure:
             log.warning("setting an object aside failed", key=key.text, error=str(failure))
-            self._block(key.name, LOOK_AGAIN_S)
+            self._finder.block(key.name, LOOK_AGAIN_S)
             return
         self._let_linger(key)
-        self._report(key.text, error.reason, copy)
+        self._scanner.report(key.text, error.reason, copy)
 
     async def _quarantine(self, key: str, body: bytes) -> str:
         copy = layout.quarantine_key(key)

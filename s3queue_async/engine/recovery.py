@@ -1,6 +1,7 @@
 """Clears up after those who cannot: orphaned claims, dead registry entries, expired markers and history.
 
-Every worker does it, rarely and with jitter; rendezvous ranking leaves most of each look to one of them.
+The coordinator does it. Without one every worker does, rarely and with jitter; rendezvous ranking leaves most of each
+look to one of them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from s3queue_async.engine.election import Election
 from s3queue_async.engine.registry import Lease, Registry
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import CorruptObject, QueueError
@@ -39,6 +41,7 @@ class Recovery:
         shared: What all roles have.
         registry: Who is alive.
         lease: Under which this worker acts.
+        election: Who coordinates.
         known: Names of segments that this worker holds or has just ended.
         let_linger: Takes the key of a claim whose segment is gone.
         takeover: Finishes settlements of dead letters, which no claim loop lists.
@@ -49,6 +52,7 @@ class Recovery:
         shared: Shared,
         registry: Registry,
         lease: Lease,
+        election: Election,
         *,
         known: Callable[[str], bool],
         let_linger: Callable[[str], None],
@@ -57,6 +61,7 @@ class Recovery:
         self._shared = shared
         self._registry = registry
         self._lease = lease
+        self._election = election
         self._known = known
         self._let_linger = let_linger
         self._takeover = takeover
@@ -71,7 +76,8 @@ class Recovery:
         await shared.clock.sleep(every_s * shared.random.random() / 2)
         while True:
             try:
-                await self.sweep()
+                if self._election.leading or not self._election.live:
+                    await self.sweep()
             except QueueError as error:
                 log.warning("the sweep failed", error=str(error))
             await shared.clock.sleep(every_s * (0.75 + 0.5 * shared.random.random()))
@@ -80,6 +86,9 @@ class Recovery:
         """One look at everything that may be left behind."""
         workers = await self._registry.list()
         await self._sweep_workers(workers)
+        if self._election.leading:
+            # Nobody else sweeps meanwhile.
+            workers = {}
         await self._sweep_claims(workers)
         await self._sweep_markers()
         await self._sweep_probes()

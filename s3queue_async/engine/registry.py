@@ -15,6 +15,7 @@ import anyio
 import msgspec
 
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.errors import LeaseLost, StoreUnavailable, Throttled
 from s3queue_async.log import log
 from s3queue_async.storage.base import (
@@ -30,6 +31,7 @@ from s3queue_async.storage.base import (
 
 LISTED_WORKERS_MAX = 10_000
 FENCE_WITHIN_S = 10.0
+READS_AT_ONCE = 16
 COUNT_WITHIN_S = 3.0
 LIVENESS_CACHE_S = 1.0
 COUNTERS = "all"
@@ -112,6 +114,7 @@ class Registry:
         self._shared = shared
         self._workers = shared.workers
         self._seen: dict[str, tuple[float, Peer | None]] = {}
+        self._peers: dict[str, Peer] = {}
 
     async def read(self, worker_id: str) -> Peer | None:
         """A worker's heartbeat; None when there is none, so that nobody of that name holds anything."""
@@ -138,6 +141,32 @@ class Registry:
             if not page.more:
                 break
             after = page.entries[-1].key
+        return found
+
+    async def peers(self) -> dict[str, Peer]:
+        """Every registered worker's heartbeat; only those that changed since the last time are read."""
+        found: dict[str, Peer] = {}
+        changed: list[str] = []
+        after = ""
+        while True:
+            page = await self._workers.list("", after=after, limit=LIST_LIMIT_MAX)
+            for entry in page.entries:
+                known = self._peers.get(entry.key)
+                if known is not None and known.version == entry.version:
+                    found[entry.key] = known
+                else:
+                    changed.append(entry.key)
+            if not page.more or len(found) + len(changed) >= LISTED_WORKERS_MAX:
+                break
+            after = page.entries[-1].key
+
+        async def read(worker_id: str) -> None:
+            peer = await self.read(worker_id)
+            if peer is not None:
+                found[worker_id] = peer
+
+        await together(changed, read, at_once=READS_AT_ONCE)
+        self._peers = found
         return found
 
     async def owner(self, worker_id: str) -> Peer | None:

@@ -14,10 +14,14 @@ from anyio.abc import TaskGroup
 
 from s3queue_async.engine.claimer import Claimer
 from s3queue_async.engine.coordination import Coordination
+from s3queue_async.engine.coordinator import Coordinator
+from s3queue_async.engine.election import Election
 from s3queue_async.engine.feed import Feed
+from s3queue_async.engine.finder import Finder
 from s3queue_async.engine.held import Departing, Done, Held
 from s3queue_async.engine.recovery import Recovery
 from s3queue_async.engine.registry import FENCED, NOT_RENEWED, Counters, Lease, Registry, Vitals
+from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
@@ -31,6 +35,7 @@ from s3queue_async.events import (
 )
 from s3queue_async.log import log
 from s3queue_async.protocol.backoff import retry_delay_s
+from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.segment import Failure
 from s3queue_async.wakeup import Wakeup
@@ -74,10 +79,23 @@ class Session:
         self.registry = Registry(shared)
         self.lease = Lease(shared, self.registry, worker_id, self._vitals)
         self.settler = Settler(shared, self.lease, on_end=self._on_end)
+        self.election = Election(shared, worker_id, stands=shared.settings.coordinator)
+        self.scanner = Scanner(shared)
+        self.finder = Finder(
+            shared,
+            self.registry,
+            self.lease,
+            self.scanner,
+            self.election,
+            known=lambda name: self._known(name) or name in self.claimer.claiming,
+            idle=self._idle,
+        )
         self.claimer = Claimer(
             shared,
             self.registry,
             self.lease,
+            self.finder,
+            self.scanner,
             demand=self.demand,
             queued_bytes=lambda: self.feed.queued_bytes if len(self.held) > 1 else 0,
             deliver=self._deliver,
@@ -87,10 +105,20 @@ class Session:
         )
         patience_s = shared.settings.split_after or shared.settings.visibility_timeout
         self.feed = Feed(shared.clock, patience_s=patience_s, on_hungry=self.claimer.poke)
+        self.coordinator = Coordinator(
+            shared,
+            self.registry,
+            self.scanner,
+            self.election,
+            worker_id,
+            capacity=self._capacity_now,
+            on_tickets=self._take_tickets,
+        )
         self.recovery = Recovery(
             shared,
             self.registry,
             self.lease,
+            self.election,
             known=self._known,
             let_linger=self.settler.let_linger,
             takeover=self,
@@ -142,6 +170,8 @@ class Session:
                             self._tick,
                             self._sweep_linger,
                             self.recovery.run,
+                            self.election.run,
+                            self.coordinator.run,
                         ):
                             working.start_soon(job)
                         self._working = working
@@ -199,12 +229,14 @@ class Session:
                     elif reason == NOT_RENEWED:
                         await self.lease.give_up()
                     else:
+                        await self.election.leave()
                         # The heartbeat is to go even when there are more claims than time.
                         with anyio.move_on_after(FAREWELL_S / 2):
                             await self.settler.disown_ended()
                         await self.lease.leave()
                 except (StoreUnavailable, Throttled) as error:
                     log.warning("the heartbeat stays until it runs out", worker=self.worker_id, error=str(error))
+        self.election.demote("its worker stopped")
         self.lease.lose(reason or "ended")
         self._over.set()
         self._notify()
@@ -220,7 +252,21 @@ class Session:
     @property
     def coordination(self) -> Coordination:
         """What this process knows of the queue's coordination."""
-        return Coordination()
+        election, claimer = self.election, self.claimer
+        board = election.board
+        leads = election.leading
+        return Coordination(
+            is_coordinator=leads,
+            term=election.term,
+            board_live=election.live,
+            active_workers=self.coordinator.active_workers if leads else max(1, len(board.workers) if board else 1),
+            tickets_available=self.coordinator.available if leads else len(board.tickets) if board else 0,
+            tickets_claimed=claimer.claims_by_ticket,
+            tickets_stalled=self.coordinator.stalled,
+            claims_direct=claimer.claims_direct,
+            claims_wasted=claimer.claims_wasted,
+            poll_interval_s=self.finder.interval_s,
+        )
 
     @property
     def is_over(self) -> bool:
@@ -245,6 +291,16 @@ class Session:
         ahead = min(PREFETCH_MAX, int(self._rate * self.claimer.fetch_s * PREFETCH_ROUNDS))
         wanted = self.feed.idle + self.wanted_by_receivers + ahead
         return wanted - self.feed.queued - self.claimer.claiming_messages
+
+    def _idle(self) -> bool:
+        return self.feed.idle + self.wanted_by_receivers > self.feed.queued + self.claimer.claiming_messages
+
+    def _capacity_now(self) -> int:
+        return max(self.capacity, self.wanted_by_receivers)
+
+    def _take_tickets(self, tickets: list[Ticket]) -> None:
+        self.finder.notice_tickets(tickets)
+        self.claimer.poke()
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -383,7 +439,7 @@ class Session:
 
     def _vitals(self) -> Vitals:
         names = {*self.held, *self.claimer.claiming, *self.settler.revivable()}
-        return Vitals(self.capacity, self.feed.running, sorted(names), self.counters)
+        return Vitals(self._capacity_now(), self.feed.running, sorted(names), self.counters)
 
     async def finish_orphan(self, key: SegmentKey) -> None:
         """Take over a dead letter's claim that nobody holds, and settle what its holder left undone."""
@@ -472,6 +528,8 @@ class Session:
         """
         self._draining = True
         self.claimer.poke()
+        with anyio.move_on_after(FAREWELL_S):
+            await self.election.leave()
         with anyio.move_on_after(timeout_s + self.lease.trust_left_s):
             await self.claimer.stop()
         for held in list(self.held.values()):

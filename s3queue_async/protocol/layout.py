@@ -16,6 +16,8 @@ QUARANTINE = "quarantine/"
 WORKERS = "workers"
 DEDUP = "dedup"
 TOTALS = "totals"
+COORDINATOR = "coordinator"
+BOARD = "board"
 
 PRIORITY_MAX = 255
 

@@ -15,7 +15,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from s3queue_async.engine import claimer, producer, recovery, registry, session, settler, shared, writing
+from s3queue_async.engine import (
+    claimer,
+    finder,
+    producer,
+    recovery,
+    registry,
+    scanner,
+    session,
+    settler,
+    shared,
+    writing,
+)
 from s3queue_async.engine.dedup import Deduplicator
 from s3queue_async.errors import QueueError
 from s3queue_async.protocol import claim as claims
@@ -211,9 +222,9 @@ def void_rule(patch: Patch) -> None:
 @ablation("Void segments are left to their writer for a while", focus=more(profile="r2"))
 def void_left_to_its_writer(patch: Patch) -> None:
     async def at_once(self: Any, key: SegmentKey, modified_s: float) -> None:
-        await self._clear_void(key)
+        await self.clear_void(key)
 
-    patch.setattr(claimer.Claimer, "_clear_left_void", at_once)
+    patch.setattr(scanner.Scanner, "_clear_left_void", at_once)
 
 
 @ablation("The markers of a batch rest before they name another segment", focus=more(profile="r2"))
@@ -282,7 +293,7 @@ def priorities(patch: Patch) -> None:
     def oldest_first(self: Any, found: list[Any]) -> list[Any]:
         return sorted(found, key=lambda candidate: candidate.key.ulid)
 
-    patch.setattr(claimer.Claimer, "_ranked", oldest_first)
+    patch.setattr(finder.Finder, "_ranked", oldest_first)
 
 
 @ablation("A delayed segment is claimed only when it is due by the store's clock")

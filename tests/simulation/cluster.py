@@ -30,9 +30,10 @@ from tests.simulation.world import Process, ProcessClock, World, deterministic_s
 
 STUTTER_S = 0.4
 """How long a process that stutters stands still at a time, on average; less than the smallest margin of a lease."""
+BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
 COLLECT_EVERY = 8
 """Seeds between two collections of garbage."""
-LEFT_ALONE = (layout.CONFIG, "plugin/totals/", "plugin/dedup/", layout.DEAD, layout.HISTORY)
+LEFT_ALONE = (layout.CONFIG, "plugin/totals/", BOARD, "plugin/dedup/", layout.DEAD, layout.HISTORY)
 """What may be left at the end."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from s3queue_async import S3Queue, Settings
-from s3queue_async.engine.claimer import OTHERS_AFTER_S
+from s3queue_async.engine.finder import OTHERS_AFTER_S
 from tests.integration.processes.harness import PAUSE_S, Look, Place, Program, fleet, looking, until
 from tests.integration.processes.programs import LEASE_SHORT
 

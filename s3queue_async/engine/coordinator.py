@@ -1,0 +1,331 @@
+"""What the coordinator does with its term: listings become tickets, dead workers are fenced, what they held is given on.
+
+It never owns a message. All that it knows about who holds what is a guess from its tickets, the listing of claims and
+the workers' heartbeats; a wrong guess costs a try that fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import anyio
+
+from s3queue_async.engine.election import Election
+from s3queue_async.engine.registry import Peer, Registry
+from s3queue_async.engine.scanner import Scanner
+from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
+from s3queue_async.errors import QueueError, Throttled
+from s3queue_async.log import log
+from s3queue_async.protocol import layout
+from s3queue_async.protocol.backoff import Polling
+from s3queue_async.protocol.board import Ticket, assign
+from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.wakeup import Wakeup
+
+PAGES_MAX = 10
+LIST_LIMIT_MAX = 1000
+DELAYED_EVERY_S = 1.0
+BUSY_CYCLE_CAP_S = 1.0
+"""The longest cycle while segments of several messages are held, which their holders may share out."""
+FRESH_FOR_S = 10.0
+"""How far back claims are listed beside the segments, before it is known how old those are."""
+LOOKS_A_SECOND = 50.0
+"""How often all workers together look at the board under load, unless their fewest looks are more."""
+LOOKS_FREE = 5
+"""So many workers look as often as they like."""
+POLL_MAX_S = 2.0
+RATE_FADES_S = 1.0
+AHEAD_MAX = 4
+"""A worker gets tickets ahead for at most so many times what it handles at a time."""
+PUBLISH_SLOWER = 2.0
+PUBLISH_FASTER = 0.9
+PUBLISH_EVERY_MAX_S = 5.0
+
+
+class Coordinator:
+    """Leads as long as its election lets it.
+
+    Args:
+        shared: What all roles have.
+        registry: Who is alive.
+        scanner: Lists what is there.
+        election: The board.
+        worker_id: Of the worker in this process.
+        capacity: How many messages that worker handles at a time, now.
+        on_tickets: Takes the tickets of the worker in this process, from memory.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        registry: Registry,
+        scanner: Scanner,
+        election: Election,
+        worker_id: str,
+        *,
+        capacity: Callable[[], int],
+        on_tickets: Callable[[list[Ticket]], None],
+    ) -> None:
+        self._shared = shared
+        self._registry = registry
+        self._scanner = scanner
+        self._election = election
+        self._worker_id = worker_id
+        self._capacity = capacity
+        self._on_tickets = on_tickets
+        settings = shared.settings
+        self._pace = Polling(
+            min_s=settings.dispatch_interval, max_s=max(settings.dispatch_interval, settings.max_poll_interval)
+        )
+        self._noticed = Wakeup()
+        self._tickets: dict[str, Ticket] = {}
+        self._published: tuple[tuple[Ticket, ...], tuple[str, ...], float, bool] | None = None
+        self._publish_at = -math.inf
+        self._publish_every_s = 0.0
+        self._workers: dict[str, Peer] = {}
+        self._next_workers = -math.inf
+        self._next_delayed = -math.inf
+        self._due_ms: int | None = None
+        self._first_seen = ""
+        self._holders: dict[str, str] = {}
+        self._rates: dict[str, tuple[float, float]] = {}
+        self._orphans: dict[str, float] = {}
+        self._dead_held: set[str] = set()
+        self.stalled = 0
+        self.available = 0
+        self.busy = False
+
+    @property
+    def active_workers(self) -> int:
+        """Registered workers, this one included."""
+        return len({*self._workers, self._worker_id})
+
+    def notice(self) -> None:
+        """This process wrote something that is to be given away."""
+        self._pace.found()
+        self._noticed.set()
+
+    async def run(self) -> None:
+        """Lead whenever elected, until cancelled."""
+        while True:
+            if not self._election.leading:
+                await self._election.elected()
+                self._begin()
+            try:
+                changed = await self.cycle()
+            except QueueError as error:
+                log.warning("a cycle of the coordinator failed", error=str(error))
+                changed = False
+                if isinstance(error, Throttled):
+                    self._pace.empty()
+            if changed:
+                self._pace.found()
+            else:
+                self._pace.empty(cap_s=BUSY_CYCLE_CAP_S if self.busy else None)
+            with anyio.move_on_after(self._wait_s()):
+                await self._noticed.wait()
+
+    def _begin(self) -> None:
+        board = self._election.board
+        self._tickets = {SegmentKey.parse(ticket.key).name: ticket for ticket in (board.tickets if board else [])}
+        self._published = None
+        self._next_workers = self._next_delayed = -math.inf
+        self._holders.clear()
+        self._rates.clear()
+        self._orphans.clear()
+        self._dead_held.clear()
+        self._pace.found()
+
+    def _wait_s(self) -> float:
+        wait_s = self._pace.delay_s(self._shared.random.random())
+        if self._due_ms is not None:
+            wait_s = min(wait_s, self._due_ms / 1000 - self._shared.time.earliest())
+        return max(self._shared.settings.dispatch_interval / 2, wait_s)
+
+    # -- a cycle -------------------------------------------------------------------------------------------------
+
+    async def cycle(self) -> bool:
+        """List, assign, publish; whether there was anything to give away, or given away before."""
+        shared = self._shared
+        now = shared.clock.monotonic()
+        if self._election.led_for_s > shared.settings.term_duration and self.active_workers > 1:
+            await self._election.hand_over()
+            return False
+        if now >= self._next_workers:
+            await self._look_at_workers()
+            self._next_workers = now + shared.settings.heartbeat_interval
+        segments, claims = await self._list(now)
+        claimable = self._account(segments, claims)
+        assignment = assign(
+            claimable,
+            self._rooms(segments, claims),
+            self._tickets,
+            orphans=frozenset(self._orphans),
+            now_ms=shared.time.now_ms(),
+            ttl_ms=int(1000 * shared.settings.ticket_ttl),
+            limit=shared.settings.ticket_batch,
+        )
+        self.stalled += len(assignment.stalled)
+        had = bool(self._tickets)
+        self._tickets = {SegmentKey.parse(ticket.key).name: ticket for ticket in assignment.tickets}
+        self.available = len(claimable)
+        self._on_tickets([ticket for ticket in assignment.tickets if ticket.worker == self._worker_id])
+        await self._publish(assignment.tickets)
+        return bool(claimable) or had
+
+    async def _publish(self, tickets: list[Ticket]) -> None:
+        """Write the board if it says anything new, as often as the store allows one key to be written."""
+        election = self._election
+        workers = {worker: peer.heartbeat.capacity for worker, peer in self._workers.items()}
+        workers[self._worker_id] = self._capacity()
+        # A worker that is alone takes its tickets from memory; whoever joins is seen by its heartbeat.
+        shown = tickets if len(workers) > 1 else []
+        poll_s = min(POLL_MAX_S, max(0.0, (len(workers) - LOOKS_FREE) / LOOKS_A_SECOND))
+        content = tuple(shown), tuple(sorted(workers)), poll_s, self.busy
+        now = self._shared.clock.monotonic()
+        if not election.renewal_is_due and (content == self._published or now < self._publish_at):
+            return
+        began = now
+        try:
+            written = await election.publish(shown, workers, poll_s=poll_s, busy=self.busy)
+        finally:
+            took_s = self._shared.clock.monotonic() - began
+            if election.refused:
+                self._publish_every_s = min(PUBLISH_EVERY_MAX_S, max(1.0, PUBLISH_SLOWER * self._publish_every_s))
+            else:
+                self._publish_every_s *= PUBLISH_FASTER
+            self._publish_at = began + max(took_s, self._publish_every_s)
+        if written:
+            self._published = content
+
+    async def _list(self, now: float) -> tuple[list[SegmentKey], dict[str, float]]:
+        """What is ready or due, most urgent first, and the claims of that age."""
+        floor = self._first_seen or layout.ulid(max(0, self._shared.time.now_ms() - int(1000 * FRESH_FOR_S)), 0)
+        claims: dict[str, float] = {}
+        segments: list[SegmentKey] = []
+
+        async def list_claims() -> None:
+            claims.update(await self._scanner.claims(floor))
+
+        async def list_ready() -> None:
+            segments.extend(await self._list_ready())
+
+        async def list_due() -> None:
+            segments.extend(await self._list_due(now))
+
+        await together((list_claims, list_ready, list_due), lambda listing: listing(), at_once=3)
+        first = min((key.ulid for key in segments), default="")
+        if first and first < floor:
+            claims.update(await self._scanner.claims(first, floor))
+        self._first_seen = first
+        segments.sort(key=lambda key: (-key.priority, key.ulid))
+        return segments, claims
+
+    async def _list_ready(self) -> list[SegmentKey]:
+        wanted = self._shared.settings.ticket_batch + len(self._holders)
+        keys: list[SegmentKey] = []
+        after = ""
+        for _ in range(PAGES_MAX):
+            page = await self._scanner.ready(after=after, limit=LIST_LIMIT_MAX)
+            keys += page.keys
+            if not page.more or len(keys) >= wanted:
+                break
+            after = page.last
+        return keys
+
+    async def _list_due(self, now: float) -> list[SegmentKey]:
+        due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
+        if now < self._next_delayed and not due_now:
+            return []
+        page = await self._scanner.due(limit=LIST_LIMIT_MAX)
+        self._due_ms = page.next_due_ms
+        # What is due stays on the list until it is claimed and gone.
+        self._next_delayed = -math.inf if page.keys else now + DELAYED_EVERY_S
+        return page.keys
+
+    def _account(self, segments: list[SegmentKey], claims: dict[str, float]) -> list[SegmentKey]:
+        """Tell what is claimable from what is held, and remember who took what."""
+        now = self._shared.clock.monotonic()
+        claimable: list[SegmentKey] = []
+        orphans: dict[str, float] = {}
+        holders: dict[str, str] = {}
+        self.busy = False
+        for key in segments:
+            name = key.name
+            landed_s = claims.get(name)
+            if landed_s is None:
+                claimable.append(key)
+            elif self._orphans.get(name) == landed_s or self._is_orphan(name, landed_s):
+                orphans[name] = landed_s
+                claimable.append(key)
+            else:
+                self.busy = self.busy or key.count > 1
+                holder = self._holders.get(name)
+                ticket = self._tickets.get(name)
+                if holder is None and ticket is not None:
+                    holder = ticket.worker
+                    rate, at = self._rates.get(holder, (0.0, now))
+                    self._rates[holder] = (rate * math.exp((at - now) / RATE_FADES_S) + key.count, now)
+                holders[name] = holder or ""
+        self._orphans, self._holders = orphans, holders
+        return claimable
+
+    def _is_orphan(self, name: str, landed_s: float) -> bool:
+        """Whether a claim is probably nobody's: its holder died, or no heartbeat that was written later names it."""
+        if name in self._dead_held:
+            self._dead_held.discard(name)
+            return True
+        settings = self._shared.settings
+        margin_s = settings.lease_margin + self._shared.time.resolution_s
+        if self._shared.time.earliest() - landed_s < settings.heartbeat_interval + margin_s:
+            return False
+        if any(name in peer.heartbeat.held for peer in self._workers.values()):
+            return False
+        old = self._shared.time.earliest() - landed_s > settings.visibility_timeout + margin_s
+        own = self._holders.get(name) == self._worker_id
+        return (old and not own) or all(
+            landed_s + margin_s < peer.heartbeat.composed_ms / 1000 for peer in self._workers.values()
+        )
+
+    def _rooms(self, segments: list[SegmentKey], claims: dict[str, float]) -> dict[str, int]:
+        """For how many messages each worker should have tickets: what it can start, and a little ahead of its pace."""
+        now = self._shared.clock.monotonic()
+        in_hand: dict[str, int] = {}
+        for key in segments:
+            holder = self._holders.get(key.name)
+            if holder:
+                in_hand[holder] = in_hand.get(holder, 0) + key.count
+        rooms: dict[str, int] = {}
+        for worker in {*self._workers, self._worker_id}:
+            capacity = self._capacity() if worker == self._worker_id else self._workers[worker].heartbeat.capacity
+            rate, at = self._rates.get(worker, (0.0, now))
+            ahead = min(AHEAD_MAX * capacity, math.ceil(rate * math.exp((at - now) / RATE_FADES_S)))
+            rooms[worker] = max(0, capacity - in_hand.get(worker, 0)) + ahead
+        return rooms
+
+    # -- workers -------------------------------------------------------------------------------------------------
+
+    async def _look_at_workers(self) -> None:
+        """Read every heartbeat that changed; fence whose lease is over, and give on what they held."""
+        peers = await self._registry.peers()
+        alive: dict[str, Peer] = {}
+        for worker, peer in peers.items():
+            if worker == self._worker_id:
+                alive[worker] = peer
+                continue
+            if self._registry.lease_left_s(peer) <= 0 or peer.heartbeat.state == "fenced":
+                current = await self._registry.owner(worker)
+                if current is None:
+                    self._dead_held.update(peer.heartbeat.held)
+                    continue
+                peer = current
+            alive[worker] = peer
+        gone = {name for worker, peer in self._workers.items() if worker not in alive for name in peer.heartbeat.held}
+        self._dead_held.update(gone)
+        self._workers = alive
+        held_by = {name: worker for worker, peer in alive.items() for name in peer.heartbeat.held}
+        for name in self._holders:
+            if name in held_by:
+                self._holders[name] = held_by[name]

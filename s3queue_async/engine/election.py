@@ -1,0 +1,303 @@
+"""The board's term: who leads, how everybody else sees it, and how the next one takes over.
+
+Lease, fence and publication are one object. A leader that was deposed finds out at its next publication, because that
+is a compare-and-swap; until then it believed something wrong, and nothing came of it: tickets are hints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import anyio
+import msgspec
+
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import CorruptObject, QueueError, StoreUnavailable, Throttled
+from s3queue_async.events import CoordinatorDemoted, CoordinatorPromoted
+from s3queue_async.log import log
+from s3queue_async.protocol import board as boards
+from s3queue_async.protocol import layout
+from s3queue_async.protocol.board import Board, Ticket
+from s3queue_async.storage.base import Condition, IfAbsent, IfVersion, NotFound, Stored, Superseded, Unmodified, Written
+from s3queue_async.storage.plugin import PluginStorage
+from s3queue_async.wakeup import Wakeup
+
+TTL_ELECTIONS = 3
+"""A board counts for this many election intervals: two renewals may fail."""
+HOLD_OFF_ELECTIONS = 4
+"""For so many election intervals after a voluntary hand-over its old leader leaves the election to others."""
+
+Wish = Literal["term over", "drained"]
+
+
+class Election:
+    """One process's view of the board, and its part in the election.
+
+    Args:
+        shared: What all roles have.
+        worker_id: Under which it leads.
+        stands: Whether it stands for election.
+    """
+
+    def __init__(self, shared: Shared, worker_id: str, *, stands: bool) -> None:
+        self._shared = shared
+        self._worker_id = worker_id
+        self._stands = stands
+        self._store = _Watched(shared.storage, layout.COORDINATOR)
+        self.board: Board | None = None
+        self._version: str | None = None
+        self._modified_s = -math.inf
+        self._looking = anyio.Lock()
+        self._looked_at = -math.inf
+        self._changed = Wakeup()
+        self._hold_off_until = -math.inf
+        self._published_at = -math.inf
+        self._since = -math.inf
+        self._gone = False
+        self._elected = Wakeup()
+        self.leading = False
+        self.refused = False
+        self.term = 0
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def ttl_s(self) -> float:
+        """How long a board counts from its LastModified."""
+        return TTL_ELECTIONS * self._shared.settings.election_interval
+
+    @property
+    def live(self) -> bool:
+        """Whether the last board that was seen has a leader whose time is not over."""
+        return self.leading or (self.board is not None and self.board.state == "leading" and self._left_s > 0)
+
+    @property
+    def _left_s(self) -> float:
+        """Seconds until anybody may take over, unless the leader renews its board."""
+        assert self.board is not None
+        ends_s = (
+            self._modified_s + self._shared.time.resolution_s + self.board.ttl_s + self._shared.settings.lease_margin
+        )
+        return ends_s - self._shared.time.certain()
+
+    @property
+    def led_for_s(self) -> float:
+        """Seconds since this process was elected; infinite while it does not lead."""
+        return self._shared.clock.monotonic() - self._since
+
+    async def elected(self) -> None:
+        """Return once this process leads."""
+        while not self.leading:
+            await self._elected.wait()
+
+    @property
+    def renewal_is_due(self) -> bool:
+        """Whether the leader should publish, although nothing changed."""
+        return self._shared.clock.monotonic() - self._published_at >= self._shared.settings.election_interval
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    async def look(self) -> bool:
+        """Read the board unless it is as it was; whether it changed."""
+        if self._looking.locked():
+            async with self._looking:
+                # Whoever held the lock has just looked.
+                return False
+        async with self._looking:
+            return await self._read()
+
+    async def _read(self) -> bool:
+        self._looked_at = self._shared.clock.monotonic()
+        try:
+            stored = await self._store.get(layout.BOARD, unless=self._version)
+        except NotFound:
+            changed = self._version is not None
+            self._see(None)
+            return changed
+        if isinstance(stored, Unmodified):
+            if not self.live:
+                self._changed.set()
+            return False
+        self._see(stored)
+        return True
+
+    def _see(self, stored: Stored | None) -> None:
+        if stored is None:
+            self.board, self._version, self._modified_s = None, None, -math.inf
+            self._changed.set()
+            return
+        try:
+            self.board = boards.decode(stored.key, stored.body)
+        except CorruptObject as error:
+            # As if it were resigned: whoever stands replaces it by compare-and-swap.
+            log.error("the coordinator's board cannot be read", error=str(error))
+            self.board = Board("", self.term, "", "resigned", self.ttl_s)
+        self._version, self._modified_s = stored.version, stored.modified_s
+        self.term = max(self.term, self.board.term)
+        if not self.live:
+            self._changed.set()
+
+    # -- standing ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look at the board now and then, and stand for election when it has no leader, until cancelled."""
+        shared = self._shared
+        every_s = shared.settings.election_interval
+        while True:
+            try:
+                if not self.leading and self._looked_at + every_s / 2 <= shared.clock.monotonic():
+                    await self.look()
+                if self._may_stand:
+                    # Whoever waits least stands first; the others see its board.
+                    await shared.clock.sleep(shared.random.random() * min(1.0, every_s / 5))
+                    await self.look()
+                    if self._may_stand:
+                        await self._stand()
+            except QueueError as error:
+                log.warning("the election failed", error=str(error))
+                await shared.clock.sleep(every_s * shared.random.random())
+            with anyio.move_on_after(every_s * (0.75 + 0.5 * shared.random.random())):
+                await self._changed.wait()
+
+    @property
+    def _may_stand(self) -> bool:
+        held_off = self._shared.clock.monotonic() < self._hold_off_until
+        return self._stands and not self.live and not self._gone and not held_off
+
+    async def _stand(self) -> None:
+        before = self.board
+        began = self._shared.clock.monotonic()
+        board = Board(
+            self._shared.nonce(),
+            self.term + 1,
+            self._worker_id,
+            "leading",
+            self.ttl_s,
+            0.0 if before is None else before.poll_s,
+            False if before is None else before.busy,
+            [] if before is None else before.tickets,
+            {} if before is None else before.workers,
+        )
+        if not await self._swap(board):
+            return
+        if self._gone:
+            await self._resign(board)
+            return
+        self.leading = True
+        self._since = began
+        log.info("promoted to coordinator", worker=self._worker_id, term=board.term)
+        self._shared.bus.emit(CoordinatorPromoted(worker_id=self._worker_id, term=board.term))
+        self._elected.set()
+
+    async def _swap(self, board: Board) -> bool:
+        """Write the board over the one that was seen last; whether it is there now."""
+        began = self._shared.clock.monotonic()
+        body = boards.encode(board)
+        when = IfAbsent() if self._version is None else IfVersion(self._version)
+        self._store.throttled = False
+        try:
+            version = await self._shared.swap(
+                layout.BOARD, body, when=when, deadline_s=self.ttl_s / 2, storage=self._store
+            )
+        except Superseded as lost:
+            self._see(lost.stored)
+            return False
+        finally:
+            self.refused = self._store.throttled
+        # Dated by what a reply said before it was written: others see a later date.
+        self.board, self._version, self._modified_s = board, version, self._shared.time.seen()
+        self.term = board.term
+        self._published_at = began
+        return True
+
+    # -- leading -------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self, tickets: Sequence[Ticket], workers: Mapping[str, int], *, poll_s: float, busy: bool
+    ) -> bool:
+        """Write a new board under one's own term; False when this process does not lead any more.
+
+        Raises:
+            StoreUnavailable, Throttled: It may have been written or not; the next publication finds out.
+        """
+        assert self.board is not None
+        if not self.leading:
+            return False
+        board = msgspec.structs.replace(
+            self.board,
+            nonce=self._shared.nonce(),
+            tickets=list(tickets),
+            workers=dict(workers),
+            poll_s=poll_s,
+            busy=busy,
+        )
+        try:
+            written = await self._swap(board)
+        except (StoreUnavailable, Throttled):
+            await self._find_own_board()
+            raise
+        if written:
+            return True
+        if self._is_own:
+            # An earlier publication of this term that was given up unanswered landed after all.
+            return await self.publish(tickets, workers, poll_s=poll_s, busy=busy)
+        self.demote("the board was deleted" if self._version is None else "another coordinator's board is there")
+        return False
+
+    async def _find_own_board(self) -> None:
+        """Give up when the store was out of reach for as long as the board counts: another one may lead."""
+        if self._shared.clock.monotonic() - self._published_at > self.ttl_s:
+            self.demote("the board could not be renewed in time")
+
+    @property
+    def _is_own(self) -> bool:
+        return self.board is not None and self.board.leader == self._worker_id and self.board.term == self.term
+
+    def demote(self, reason: str) -> None:
+        """Lead no more."""
+        if not self.leading:
+            return
+        self.leading = False
+        self._since = math.inf
+        log.info("coordinator no more", worker=self._worker_id, term=self.term, reason=reason)
+        self._shared.bus.emit(CoordinatorDemoted(worker_id=self._worker_id, term=self.term, reason=reason))
+        self._changed.set()
+
+    async def hand_over(self) -> None:
+        """Resign in favour of any other worker, as the term has lasted long enough."""
+        elections = HOLD_OFF_ELECTIONS * self._shared.settings.election_interval
+        self._hold_off_until = self._shared.clock.monotonic() + elections
+        await self._end_term("its term is over")
+
+    async def leave(self) -> None:
+        """Stand no more, and resign if this process leads, so that the next one takes over at once."""
+        self._gone = True
+        await self._end_term("it leaves")
+
+    async def _end_term(self, reason: str) -> None:
+        board = self.board
+        if not self.leading or board is None:
+            return
+        self.demote(reason)
+        try:
+            await self._resign(board)
+        except (StoreUnavailable, Throttled) as error:
+            log.warning("the board stays until its time is over", error=str(error))
+
+    async def _resign(self, board: Board) -> None:
+        await self._swap(msgspec.structs.replace(board, nonce=self._shared.nonce(), state="resigned"))
+
+
+class _Watched(PluginStorage):
+    """Notices whether a write was refused because there were too many of its key."""
+
+    throttled = False
+
+    async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
+        try:
+            return await super().put(key, body, when=when)
+        except Throttled:
+            self.throttled = True
+            raise

@@ -1,0 +1,402 @@
+"""Finds segments that may be claimed: by the coordinator's tickets, or directly from listings.
+
+A live board spares most workers the listings. Nobody relies on it: a worker with nothing to do that sees no ticket for
+a while lists for itself, rarely, although the board looks live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from s3queue_async.engine.election import Election
+from s3queue_async.engine.registry import Lease, Registry
+from s3queue_async.engine.scanner import Scanner
+from s3queue_async.engine.shared import Shared
+from s3queue_async.errors import StoreUnavailable, Throttled
+from s3queue_async.log import log
+from s3queue_async.protocol.backoff import Polling
+from s3queue_async.protocol.board import Ticket
+from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.protocol.ranking import falls_to
+
+LIST_LIMIT_MIN = 32
+LIST_LIMIT_MAX = 1000
+PAGES_MAX = 10
+BLOCKED_MAX = 20_000
+OTHERS_AFTER_S = 0.5
+"""How long a segment is left to the worker that ranking gives it to."""
+TICKETS_OF_OTHERS_AFTER_S = 1.0
+"""How long a ticket is left to its worker, or two of its looks at the board if that is longer."""
+DELAYED_EVERY_S = 1.0
+"""How often delayed segments are listed while none is known to become due."""
+BUSY_POLL_CAP_S = 1.0
+"""The longest wait between looks while others hold segments of several messages, which they may hand back."""
+HUNGRY_AFTER_S = 1.0
+"""A worker with nothing to do that sees no ticket for so long lists for itself."""
+HUNGRY_MAX_S = 120.0
+"""Each such look that finds nothing doubles the time until the next, up to this: ten idle workers list 0.1 times a
+second then, $1.30 a month."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A segment that may be claimed.
+
+    Attributes:
+        key: The segment's key.
+        written_at: Local time before this process wrote it, if it did.
+        taken: Whether the try to claim it found somebody else's claim.
+        ticketed: Whether the coordinator named it.
+    """
+
+    key: SegmentKey
+    written_at: float | None = None
+    taken: bool = False
+    ticketed: bool = False
+
+
+class Finder:
+    """Knows where to look next, and when.
+
+    Args:
+        shared: What all roles have.
+        registry: Who is alive.
+        lease: Under which the claims are made.
+        scanner: Lists what is there.
+        election: Sees the coordinator's board.
+        known: Names of segments that this worker holds, has just ended, or is claiming.
+        idle: Whether places for handlers stand empty.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        registry: Registry,
+        lease: Lease,
+        scanner: Scanner,
+        election: Election,
+        *,
+        known: Callable[[str], bool],
+        idle: Callable[[], bool],
+    ) -> None:
+        self._shared = shared
+        self._registry = registry
+        self._lease = lease
+        self._scanner = scanner
+        self._election = election
+        self._known = known
+        self._idle = idle
+        settings = shared.settings
+        self._polling = Polling(min_s=settings.poll_interval, max_s=settings.max_poll_interval)
+        self._next_look = 0.0
+        self._next_delayed = 0.0
+        self._next_peers = 0.0
+        self._due_ms: int | None = None
+        self._peers: list[str] = []
+        self._blocked: dict[str, float] = {}
+        self._limit = LIST_LIMIT_MIN
+        self._more = False
+        self._started = 0
+        self._directly = False
+        self._hungry_s = HUNGRY_AFTER_S
+        self._hungry_at = 0.0
+        self._tickets: list[Ticket] = []
+
+    # -- what the claim loop says --------------------------------------------------------------------------------
+
+    def notice(self) -> None:
+        """There is something new: look at once."""
+        self._polling.found()
+        self._next_look = min(self._next_look, self._shared.clock.monotonic())
+
+    def look_directly(self) -> None:
+        """List at the next look, whatever the board shows, and look at once."""
+        self._directly = True
+        self.notice()
+
+    def notice_due(self, due_ms: int) -> bool:
+        """A delayed segment becomes due then; whether that is earlier than what was known."""
+        if self._due_ms is not None and due_ms >= self._due_ms:
+            return False
+        self._due_ms = due_ms
+        return True
+
+    def notice_tickets(self, tickets: list[Ticket]) -> None:
+        """The coordinator in this process has new tickets for this worker."""
+        self._tickets = tickets
+        if tickets:
+            self.notice()
+
+    def failed(self, error: StoreUnavailable | Throttled) -> None:
+        """The last look failed: wait longer before the next."""
+        log.warning("looking for messages failed", error=str(error))
+        self._polling.empty()
+        wait_s = self._polling.delay_s(self._shared.random.random())
+        if isinstance(error, Throttled) and error.retry_after_s is not None:
+            wait_s = max(wait_s, error.retry_after_s)
+        self._next_look = self._shared.clock.monotonic() + wait_s
+        self._due_ms = None
+
+    def started(self, candidate: Candidate) -> None:
+        """A claim is being tried."""
+        self._started += 1
+
+    def lost(self, candidate: Candidate) -> None:
+        """Somebody else has it: there may be workers that are not known yet."""
+        self.block(candidate.key.name, 0.0)
+        self._next_peers = 0.0
+
+    # -- what is somebody else's ---------------------------------------------------------------------------------
+
+    def block(self, name: str, for_s: float) -> None:
+        """Leave a segment alone for a while; a claim is known to be in its way."""
+        self._blocked[name] = self._shared.clock.monotonic() + max(0.0, for_s)
+
+    def unblock(self, name: str) -> None:
+        """There is no claim in the way any more."""
+        self._blocked.pop(name, None)
+
+    def in_the_way(self, name: str) -> bool:
+        """Whether a claim was seen on a segment."""
+        return name in self._blocked
+
+    def is_free(self, name: str, now: float) -> bool:
+        """Whether a segment may be tried, as far as known."""
+        return self._blocked.get(name, now) <= now and not self._known(name)
+
+    def _prune(self, now: float) -> None:
+        if len(self._blocked) > BLOCKED_MAX:
+            self._blocked = {name: look_at for name, look_at in self._blocked.items() if look_at > now}
+        if len(self._blocked) > BLOCKED_MAX:
+            self._blocked.clear()
+
+    # -- when ----------------------------------------------------------------------------------------------------
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two looks, now."""
+        board = self._election.board
+        least_s = board.poll_s if board is not None and self._election.live else 0.0
+        return max(least_s, self._polling.interval_s)
+
+    @property
+    def ticket_wait_s(self) -> float:
+        """Seconds that a ticket waits on the board until it is seen, on average; 0 without a board."""
+        board = self._election.board
+        if board is None or not self._election.live or self._election.leading:
+            return 0.0
+        return self.interval_s / 2
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until the next look."""
+        wait_s = self._next_look - now
+        if not self._election.live:
+            wait_s = min(wait_s, self._due_in_s())
+        elif self._election.leading and not self._directly:
+            # The coordinator in this process tells when there is something.
+            wait_s = max(wait_s, BUSY_POLL_CAP_S) if not self._tickets else wait_s
+        return max(0.0, wait_s)
+
+    def _due_in_s(self) -> float:
+        return float("inf") if self._due_ms is None else self._due_ms / 1000 - self._shared.time.earliest()
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    async def find(self) -> list[Candidate]:
+        """Look, and return what may be claimed, best first.
+
+        Raises:
+            StoreUnavailable, Throttled: The look failed.
+        """
+        now = self._shared.clock.monotonic()
+        self._prune(now)
+        election = self._election
+        if not election.leading and (election.board is not None or election.live):
+            await election.look()
+        if not election.live:
+            return await self._scan(now)
+        directly, self._directly = self._directly, False
+        if not directly:
+            found = self._by_tickets()
+            if found or election.leading or not self._idle() or self._shared.clock.monotonic() < self._hungry_at:
+                self._plan(found=bool(found), busy=election.board is not None and election.board.busy)
+                return found
+        self._peers = self._others()
+        found = await self._scan(now, leave_alone=self._young_tickets())
+        self._hungry_s = HUNGRY_AFTER_S if found else min(HUNGRY_MAX_S, 2 * self._hungry_s)
+        self._hungry_at = self._shared.clock.monotonic() + self._hungry_s * (1 - 0.5 * self._shared.random.random())
+        return found
+
+    def _plan(self, *, found: bool, busy: bool) -> None:
+        shared = self._shared
+        now = shared.clock.monotonic()
+        board = self._election.board
+        least_s = 0.0 if board is None else board.poll_s
+        if found:
+            self._polling.found()
+            self._hungry_s = HUNGRY_AFTER_S
+            self._hungry_at = now + max(HUNGRY_AFTER_S, 3 * least_s)
+        else:
+            self._polling.empty(cap_s=BUSY_POLL_CAP_S if busy else None)
+        chance = shared.random.random()
+        self._next_look = now + max(least_s * (1 - 0.25 * chance), self._polling.delay_s(chance))
+
+    # -- by tickets ----------------------------------------------------------------------------------------------
+
+    def _by_tickets(self) -> list[Candidate]:
+        """One's own tickets; without any, those that others leave unused."""
+        now = self._shared.clock.monotonic()
+        if self._election.leading:
+            return self._candidates(self._tickets, now)
+        board = self._election.board
+        assert board is not None
+        own = self._lease.worker_id
+        found = self._candidates((ticket for ticket in board.tickets if ticket.worker == own), now)
+        if found or not self._idle():
+            return found
+        after_ms = 1000 * max(TICKETS_OF_OTHERS_AFTER_S, 2 * board.poll_s)
+        now_ms = self._shared.time.now_ms()
+        workers = self._others()
+        unused = (
+            ticket
+            for ticket in board.tickets
+            if now_ms - ticket.issued_ms > after_ms
+            and (
+                now_ms - ticket.issued_ms > 2 * after_ms
+                or falls_to(own, ticket.key, (worker for worker in workers if worker != ticket.worker))
+            )
+        )
+        return self._candidates(unused, now)
+
+    def _candidates(self, tickets: Iterable[Ticket], now: float) -> list[Candidate]:
+        found = []
+        for ticket in tickets:
+            key = SegmentKey.parse(ticket.key)
+            if not self.is_free(key.name, now):
+                continue
+            if ticket.orphan:
+                self.block(key.name, 0.0)
+            found.append(Candidate(key, ticketed=True))
+        return found
+
+    def _others(self) -> list[str]:
+        board = self._election.board
+        own = self._lease.worker_id
+        return [] if board is None else [worker for worker in board.workers if worker != own]
+
+    def _young_tickets(self) -> frozenset[str]:
+        """Names of segments whose tickets others may be about to use."""
+        board = self._election.board
+        if board is None:
+            return frozenset()
+        after_ms = self._shared.time.now_ms() - 1000 * max(TICKETS_OF_OTHERS_AFTER_S, 2 * board.poll_s)
+        young = (ticket for ticket in board.tickets if ticket.issued_ms > after_ms)
+        return frozenset(SegmentKey.parse(ticket.key).name for ticket in young)
+
+    # -- by listings ---------------------------------------------------------------------------------------------
+
+    async def _scan(self, now: float, leave_alone: frozenset[str] = frozenset()) -> list[Candidate]:
+        """List what may be claimable, best first."""
+        shared = self._shared
+        self._directly = False
+        if now >= self._next_peers:
+            await self._list_peers(now)
+        found: list[Candidate] = []
+        others_busy = False
+        for listed in (self._list_ready, self._list_delayed):
+            candidates, busy = await listed()
+            found += [candidate for candidate in candidates if candidate.key.name not in leave_alone]
+            others_busy = others_busy or busy
+        ranked = self._ranked(found)
+        if found:
+            self._polling.found()
+        else:
+            self._polling.empty(cap_s=BUSY_POLL_CAP_S if others_busy else None)
+        self._next_look = shared.clock.monotonic() + self._polling.delay_s(shared.random.random())
+        if found and self._more:
+            self._next_look = 0.0
+        return ranked
+
+    async def _list_peers(self, now: float) -> None:
+        own = self._lease.worker_id
+        self._peers = sorted(worker for worker in await self._registry.list() if worker != own)
+        self._next_peers = now + self._shared.settings.heartbeat_interval
+
+    async def _list_ready(self) -> tuple[list[Candidate], bool]:
+        after = ""
+        found: list[Candidate] = []
+        busy = False
+        # No more than will be claimed before the next look: a long listing is slow, and stale before its end is reached.
+        self._limit = max(LIST_LIMIT_MIN, min(LIST_LIMIT_MAX, 2 * self._started))
+        self._started = 0
+        for _ in range(PAGES_MAX):
+            page = await self._scanner.ready(after=after, limit=self._limit)
+            usable, held_by_others = await self._usable(page.keys)
+            found += usable
+            busy = busy or held_by_others
+            self._more = page.more
+            if found or not page.more:
+                break
+            after = page.last
+        return found, busy
+
+    async def _list_delayed(self) -> tuple[list[Candidate], bool]:
+        now = self._shared.clock.monotonic()
+        if now < self._next_delayed and self._due_in_s() > 0:
+            return [], False
+        page = await self._scanner.due(limit=self._limit)
+        self._due_ms = page.next_due_ms
+        found, busy = await self._usable(page.keys)
+        self._next_delayed = 0.0 if found and page.more else now + DELAYED_EVERY_S
+        return found, busy
+
+    async def _usable(self, keys: list[SegmentKey]) -> tuple[list[Candidate], bool]:
+        """Which of the listed segments may be claimed; and whether others hold segments of several messages."""
+        now = self._shared.clock.monotonic()
+        found: list[Candidate] = []
+        busy = False
+        for key in keys:
+            if self._known(key.name):
+                continue
+            if self._blocked.get(key.name, now) > now:
+                busy = busy or key.count > 1
+                continue
+            found.append(Candidate(key))
+        if found and self._peers:
+            found, taken = await self._without_claimed(found, now)
+            busy = busy or taken
+        return found, busy
+
+    async def _without_claimed(self, found: list[Candidate], now: float) -> tuple[list[Candidate], bool]:
+        """Leave out what others hold by the listing of claims: a listing costs less than the tries that would fail."""
+        first = min(candidate.key.ulid for candidate in found)
+        last = max(candidate.key.name for candidate in found)
+        claimed = await self._scanner.claims(first, last)
+        free: list[Candidate] = []
+        busy = False
+        for candidate in found:
+            name = candidate.key.name
+            if name in claimed and name not in self._blocked:
+                # Nobody asks for a claim's owner before its lease can be over: half a timeout after it was written.
+                age_s = self._shared.time.earliest() - claimed[name]
+                self.block(name, self._shared.settings.visibility_timeout / 2 - age_s)
+                if self._blocked[name] > now:
+                    busy = busy or candidate.key.count > 1
+                    continue
+            free.append(candidate)
+        return free, busy
+
+    def _ranked(self, found: list[Candidate]) -> list[Candidate]:
+        """Highest priority and then oldest first; of these, what falls to this worker before what falls to others."""
+        if not self._peers:
+            return sorted(found, key=lambda candidate: (-candidate.key.priority, candidate.key.ulid))
+        now_s = self._shared.time.now_ms() / 1000
+        ranked: list[tuple[int, bool, str, Candidate]] = []
+        for candidate in found:
+            key = candidate.key
+            mine = falls_to(self._lease.worker_id, key.name, self._peers)
+            if mine or key.place is Place.DELAYED or now_s - key.created_ms / 1000 > OTHERS_AFTER_S:
+                ranked.append((-key.priority, not mine, key.ulid, candidate))
+        ranked.sort(key=lambda item: item[:3])
+        return [item[3] for item in ranked]
