@@ -208,6 +208,7 @@ class Claimer:
         self, group: TaskGroup, candidate: Candidate, offered: tuple[segments.Index, list[bytes]] | None
     ) -> None:
         self.claiming[candidate.key.name] = candidate.key.count
+        self._lease.needed()
         group.start_soon(self._attempt, candidate, offered)
 
     async def claim_one(self, key: SegmentKey) -> Held | None:
@@ -218,6 +219,7 @@ class Claimer:
         if self._known(key.name) or key.name in self.claiming:
             return None
         self.claiming[key.name] = 0
+        self._lease.needed()
         try:
             return await self._obtain(Candidate(key), None)
         except CorruptObject as error:

@@ -28,6 +28,7 @@ from s3queue_async.storage.base import (
     Stored,
     Superseded,
 )
+from s3queue_async.wakeup import Wakeup
 
 LISTED_WORKERS_MAX = 10_000
 FENCE_WITHIN_S = 10.0
@@ -35,6 +36,9 @@ READS_AT_ONCE = 16
 COUNT_WITHIN_S = 3.0
 LIVENESS_CACHE_S = 1.0
 COUNTERS = "all"
+QUIET_FACTOR = 6
+"""A worker that holds nothing beats this many times more rarely, under a lease that lasts as many times longer: ten idle
+workers then cost $2.20 a month in heartbeats instead of $13."""
 NOT_RENEWED = "not renewed in time"
 FENCED = "fenced by another worker"
 
@@ -282,6 +286,9 @@ class Lease:
         self._last_beat = -math.inf
         self._beating = anyio.Lock()
         self._unanswered: list[bytes] = []
+        self._quiet = False
+        self._held_last = True
+        self._wake = Wakeup()
         self.lost: str | None = None
 
     @property
@@ -307,6 +314,12 @@ class Lease:
         """Local time of the last successful beat."""
         return None if self._last_beat == -math.inf else self._last_beat
 
+    def needed(self) -> None:
+        """Something is about to be held: beat often from now on."""
+        if self._quiet:
+            self._quiet = False
+            self._wake.set()
+
     def check(self) -> None:
         """Raise LeaseLost unless the lease is trusted."""
         if not self.trusted:
@@ -320,14 +333,16 @@ class Lease:
         """Beat until the lease is lost; returns then. Cancel it to end it otherwise."""
         settings = self._shared.settings
         clock = self._shared.clock
-        next_at = self._last_beat + settings.heartbeat_interval
+        next_at = self._last_beat + self._interval_s
         while self.lost is None:
             now = clock.monotonic()
             if now >= self._trusted_until:
                 self.lose(NOT_RENEWED)
                 return
             if now < next_at:
-                await clock.sleep(min(next_at, self._trusted_until) - now)
+                with anyio.move_on_after(min(next_at, self._trusted_until) - now):
+                    await self._wake.wait()
+                    next_at = clock.monotonic()
                 continue
             try:
                 await self._beat(IfVersion(self._version))
@@ -340,7 +355,11 @@ class Lease:
                 if not error.retriable:
                     next_at = clock.monotonic() + settings.heartbeat_interval / 2
             else:
-                next_at = self._last_beat + settings.heartbeat_interval
+                next_at = self._last_beat + self._interval_s
+
+    @property
+    def _interval_s(self) -> float:
+        return self._shared.settings.heartbeat_interval * (QUIET_FACTOR if self._quiet else 1)
 
     def lose(self, reason: str) -> None:
         """Trust the lease no more; final."""
@@ -384,12 +403,19 @@ class Lease:
             sent_at = shared.clock.monotonic()
             composed_ms = int(shared.time.seen() * 1000)
             vitals = self._vitals()
+            # Only when nothing was held at the last beat either: a worker between two jobs is not at rest.
+            self._quiet = not vitals.held and not self._held_last
+            self._held_last = bool(vitals.held)
+            ttl_s = settings.visibility_timeout * (QUIET_FACTOR if self._quiet else 1)
+            trusted_until = sent_at + ttl_s - settings.lease_margin
+            # It may land whether or not its reply comes, and others go by what they read.
+            self._trusted_until = min(self._trusted_until, trusted_until) if self._version else self._trusted_until
             body = _encoder.encode(
                 Heartbeat(
                     shared.nonce(),
                     "alive",
                     composed_ms,
-                    settings.visibility_timeout,
+                    ttl_s,
                     vitals.capacity,
                     vitals.in_flight,
                     vitals.held,
@@ -416,4 +442,4 @@ class Lease:
             self._version = version
             self._unanswered.clear()
             self._last_beat = sent_at
-            self._trusted_until = sent_at + settings.visibility_timeout - settings.lease_margin
+            self._trusted_until = trusted_until

@@ -123,15 +123,20 @@ class Settler:
         async with held.lock:
             finished = tuple(held.finished)
             times = held.claim.starts.get(index, 0) + 1
-            await self._shared.insist(
-                lambda: self._write_claim(
+
+            async def record() -> None:
+                # Whoever takes the segment over does nothing more for what the claim says is finished.
+                if held.markers:
+                    await self._mark(held, finished, ())
+                await self._keep_history([held])
+                await self._write_claim(
                     held,
                     lambda claim: claims.start(
                         claim, index, times=times, finished=finished, nonce=self._shared.nonce()
                     ),
-                ),
-                while_true=lambda: self._lease.trusted,
-            )
+                )
+
+            await self._shared.insist(record, while_true=lambda: self._lease.trusted)
             held.recorded = len(finished)
 
     def is_due(self, held: Held, now: float) -> bool:

@@ -21,9 +21,11 @@ from s3queue_async import Context, DeadLetter, QueueError, Release, Retry, S3Que
 from s3queue_async.engine.config import FORMAT_VERSION, QueueConfig
 from s3queue_async.engine.recovery import PROBE_OVER_S
 from s3queue_async.events import EnqueueAmbiguous, LeaseLostEvent, WorkerStarted
+from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import layout
+from s3queue_async.protocol.board import Ticket
 from tests.simulation.history import Disturbance, History, Job, Loss, Run, Sent
-from tests.simulation.scenario import FAULTY_FOR_S, Scenario
+from tests.simulation.scenario import BOARD_FAULTS, FAULTY_FOR_S, Scenario
 from tests.simulation.store import Client, Store
 from tests.simulation.watch import HEARTBEATS, Watch
 from tests.simulation.world import Process, ProcessClock, World, deterministic_scopes
@@ -56,6 +58,7 @@ class Cluster:
         self.scenario = scenario
         self.world = world
         self.rng = Random(f"cluster {scenario.seed}")
+        self.hint_rng = Random(f"hints of the cluster {scenario.seed}")
         self.outage_rng = Random(f"outages of the cluster {scenario.seed}")
         self.store = Store(
             world,
@@ -268,6 +271,9 @@ class Cluster:
             deeds += [(rng.uniform(0.5, scenario.deeds_within_s), deed) for _ in range(count)]
         if scenario.faults.throttled and rng.random() < 0.5:
             deeds.append((rng.uniform(1, FAULTY_FOR_S / 2), "storm"))
+        hints = self.hint_rng
+        for deed, count in scenario.hints.items():
+            deeds += [(hints.uniform(0.5, scenario.deeds_within_s), deed) for _ in range(count)]
         deeds += [(self.outage_rng.uniform(1, FAULTY_FOR_S / 2), "outage") for _ in range(scenario.faults.outages)]
         deeds.sort()
         began = self.world.time()
@@ -289,6 +295,9 @@ class Cluster:
             faults.outage_prefix = self.outage_rng.choice(faults.partitions)
             faults.outage_until = self.world.time() + self.outage_rng.uniform(2, 30)
             self.world.note(f"outage of {faults.outage_prefix} until {faults.outage_until - 1000:.2f}")
+            return
+        if deed in BOARD_FAULTS:
+            self._spoil(deed)
             return
         workers = [process for process in alive if process.name.startswith("worker")]
         if not workers or (deed == "terminate" and len(workers) < 2):
@@ -316,6 +325,33 @@ class Cluster:
             self._stutter(process, now + for_s)
         elif deed == "cut":
             self._cut(process, for_s)
+
+    def _spoil(self, deed: str) -> None:
+        """Take hints away, or make them wrong, as somebody who writes to the bucket by hand could."""
+        rng, store = self.hint_rng, self.store
+        if deed == "heartbeats not listed":
+            self.scenario.faults.counts[deed] += 1
+            store.unlisted = (HEARTBEATS,)
+            self.world.later(rng.uniform(1.0, 20.0), store.list_all)
+            return
+        found = store.objects.get(BOARD)
+        if found is None:
+            return
+        self.scenario.faults.counts[deed] += 1
+        self.world.note(f"{deed}")
+        if deed == "board deleted":
+            store.remove(BOARD)
+            return
+        board = boards.decode(BOARD, found.body)
+        tickets = []
+        if deed == "tickets mixed up":
+            keys = [key for key in store.objects if key.startswith((layout.READY, layout.DELAYED))]
+            keys += [ticket.key for ticket in board.tickets]
+            rng.shuffle(keys)
+            workers = [*self.living.values(), "nobody"]
+            tickets = [Ticket(key, rng.choice(workers), rng.randint(0, 2**41), rng.random() < 0.5) for key in keys[:20]]
+        spoiled = msgspec.structs.replace(board, nonce=f"{rng.getrandbits(64):x}", tickets=tickets)
+        store.put(BOARD, boards.encode(spoiled), None, 0.0)
 
     def _stutter(self, process: Process, until_s: float) -> None:
         """Stand still again and again, as on a machine with too much to do."""

@@ -29,7 +29,7 @@ from tests.simulation.ablations import ABLATIONS
 from tests.simulation.checker import check
 from tests.simulation.cluster import Outcome, simulate
 from tests.simulation.refusal import check_refusals
-from tests.simulation.scenario import PROCESS_FAULTS, Scenario, draw
+from tests.simulation.scenario import BOARD_FAULTS, PROCESS_FAULTS, Scenario, draw
 from tests.simulation.store import REQUEST_FAULTS
 
 SHOWN_LINES = 40
@@ -149,7 +149,7 @@ def run_many(seeds: Sequence[int], jobs: int, console: Console) -> int:
         console.print(f"\nseed {result.seed}: replay with  make sim SEED={result.seed}", markup=False)
         for line in (*result.problems[:5], *result.story):
             console.print(f"  {line}", markup=False, highlight=False)
-    never = [name for name in (*PROCESS_FAULTS, *REQUEST_FAULTS) if not total.faults[name]]
+    never = [name for name in (*PROCESS_FAULTS, *BOARD_FAULTS, *REQUEST_FAULTS) if not total.faults[name]]
     if len(seeds) < EVERY_FAULT_AFTER:
         never = []
     if never:

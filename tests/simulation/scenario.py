@@ -12,6 +12,8 @@ from tests.simulation.store import PROFILES, Faults, Profile
 FAULTY_FOR_S = 80.0
 PROCESS_FAULTS = {"crash": 3, "pause": 3, "suspend": 1, "cut": 3, "jump": 2, "stutter": 1, "terminate": 2}
 """What is done to processes, and how often at most in one scenario."""
+BOARD_FAULTS = {"board deleted": 4, "tickets deleted": 4, "tickets mixed up": 4, "heartbeats not listed": 2}
+"""What is done to hints, and how often at most in one scenario: it may cost time, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Scenario:
     jobs: tuple[Job, ...]
     faults: Faults
     deeds: dict[str, int]
+    hints: dict[str, int]
     deeds_within_s: float
     drift: float
     page_max: int
@@ -63,7 +66,13 @@ def draw(seed: int) -> Scenario:
         faults.outages = 2
     visibility_s = rng.choice((6.0, 10.0, 20.0))
     segment_age_s, claim_linger_s = rng.choice(((2.0, 4.0), (5.0, 10.0), (5.0, 10.0)))
+    hint_rng = Random(f"hints {seed}")
     settings = Settings(
+        coordinator=hint_rng.random() < 0.85,
+        election_interval=hint_rng.choice((1.0, 5.0)),
+        term_duration=hint_rng.choice((15.0, 300.0)),
+        ticket_ttl=hint_rng.choice((3.0, 30.0)),
+        ticket_batch=hint_rng.choice((1, 5, 1000)),
         visibility_timeout=visibility_s,
         heartbeat_interval=visibility_s / 3,
         segment_age=segment_age_s,
@@ -96,6 +105,9 @@ def draw(seed: int) -> Scenario:
         jobs=tuple(jobs),
         faults=faults,
         deeds={deed: rng.randint(0, most) if process_faults else 0 for deed, most in PROCESS_FAULTS.items()},
+        hints={
+            deed: hint_rng.randint(0, most) if hint_rng.random() < 0.5 else 0 for deed, most in BOARD_FAULTS.items()
+        },
         deeds_within_s=rng.choice((10.0, 20.0, 40.0, FAULTY_FOR_S)),
         drift=rng.uniform(-4e-4, 4e-4),
         page_max=rng.choice((2, 7, 1000)),

@@ -180,6 +180,7 @@ class Store:
         self.requests: Counter[str] = Counter()
         self.written_at: dict[str, float] = {}
         self.takeovers = 0
+        self.unlisted: tuple[str, ...] = ()
         self.landing_until = 0.0
         self.failed_at: dict[str, float] = {}
         self.on_change: list[Callable[[str], None]] = []
@@ -222,15 +223,15 @@ class Store:
     def delete(self, key: str, when: IfVersion | None, front: float) -> Any:
         if self.conditional_delete and not self.holds(key, when):
             return PreconditionFailed(key, date_s=self.date(front))
-        self._remove(key)
+        self.remove(key)
         return Deleted(self.date(front))
 
     def delete_many(self, keys: Sequence[str], front: float) -> Any:
         for key in keys:
-            self._remove(key)
+            self.remove(key)
         return Deleted(self.date(front))
 
-    def _remove(self, key: str) -> None:
+    def remove(self, key: str) -> None:
         if self.objects.pop(key, None) is not None:
             self._changed(key)
 
@@ -238,8 +239,12 @@ class Store:
         for call in self.on_change:
             call(key)
 
+    def list_all(self) -> None:
+        """Show everything in listings again."""
+        self.unlisted = ()
+
     def list(self, prefix: str, after: str, limit: int, front: float) -> Any:
-        keys = sorted(key for key in self.objects if key.startswith(prefix))
+        keys = sorted(key for key in self.objects if key.startswith(prefix) and not key.startswith(self.unlisted))
         if self.wrong is Wrong.LISTS_UNORDERED:
             after = ""
             keys.sort(key=lambda key: hashlib.md5(key.encode(), usedforsecurity=False).digest())

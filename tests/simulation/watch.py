@@ -36,7 +36,7 @@ class Watch:
         self._reported: set[str] = set()
         self._owners: dict[str, tuple[str, int]] = {}
         self._unclaimed_since: dict[str, float] = {}
-        self._beat_at: dict[str, float] = {}
+        self._leased_until: dict[str, float] = {}
         self._fenced = history.fenced = {}
         store.on_change.append(self._changed)
 
@@ -64,14 +64,14 @@ class Watch:
     def _heartbeat(self, key: str) -> None:
         now = self._store.world.time()
         found = self._store.objects.get(key)
-        beat_at = self._beat_at.pop(key, None)
+        leased_until = self._leased_until.pop(key, None)
         if found is not None and b'"state":"fenced"' not in found.body:
-            self._beat_at[key] = now
+            self._leased_until[key] = now + float(msgspec.json.decode(found.body)["ttl_s"])
             return
         worker_id = key.removeprefix(HEARTBEATS)
         self._fenced.setdefault(worker_id, now)
-        if found is not None and beat_at is not None and now < beat_at + self._history.settings.visibility_timeout:
-            self._history.problems.append(f"fenced {now - beat_at:.2f} s after its last heartbeat: {worker_id}")
+        if found is not None and leased_until is not None and now < leased_until:
+            self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
 
     def _claimed(self, key: str) -> None:
         claim = self._decoded(key, self._store.objects[key].body)

@@ -49,9 +49,11 @@ class Snare(Recorder):
         if self.left != 0:
             return await super()._run(operation, keys, request)
         if self.applied:
-            reply = await super()._run(operation, keys, request)
-            await self._stop()
-            return reply
+            try:
+                return await super()._run(operation, keys, request)
+            finally:
+                # An answer such as "not found" is a reply, too.
+                await self._stop()
         await self._stop()
         return await super()._run(operation, keys, request)
 

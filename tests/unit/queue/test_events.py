@@ -148,7 +148,7 @@ async def test_health() -> None:
         assert (health.live, health.ready, health.coordinator) == (True, True, False)
         assert health.worker_id == queue.worker_id
         assert health.last_heartbeat is not None
-        assert health.last_heartbeat < 10.1
+        assert health.last_heartbeat < 60.1, "a worker that holds nothing beats every minute"
         assert health.last_progress is not None
         assert health.last_progress < 6
         await queue.enqueue(1)

@@ -155,6 +155,48 @@ async def test_poison(max_attempts: int) -> None:
 
 
 @virtual
+async def test_what_ended_before_a_recorded_start_is_done_for_its_deduplication_id() -> None:
+    """A worker dies in a message that ran alone after another: the other one's id and its result are still known."""
+    bed = Bed()
+    settings = Settings(coordinator=False, dedup_window=600, retain_completed=600)
+    killers = [Seen(), Seen()]
+    ended = Seen()
+
+    def handler(number: int) -> Any:
+        async def handle(payload: str) -> str:
+            if number == 0 or (number == 1 and payload == "b"):
+                killers[number](payload)
+                await anyio.sleep_forever()
+            ended(payload)
+            return payload
+
+        return handle
+
+    async with bed.queue(settings=settings) as queue, anyio.create_task_group() as group:
+        ids: dict[str, str] = {}
+
+        async def enqueue(payload: str, dedup_id: str | None) -> None:
+            ids[payload] = await queue.enqueue(payload, dedup_id=dedup_id)
+
+        async with anyio.create_task_group() as producers:
+            producers.start_soon(enqueue, "a", "x")
+            producers.start_soon(enqueue, "b", None)
+        for number in (0, 1):
+            worker = Killable(bed, handler(number), concurrency=1, settings=settings)
+            group.start_soon(worker.run)
+            await killers[number].count(1)
+            worker.kill()
+        assert ended.items == ["a"]
+        async with bed.queue(settings=settings, on_message=handler(2)):
+            await ended.count(2)
+            await anyio.sleep(60)
+            assert await queue.enqueue("a", dedup_id="x") == ids["a"]
+            assert await queue.results(ids["a"]) == "a"
+            await anyio.sleep(30)
+    assert ended.items == ["a", "b"]
+
+
+@virtual
 async def test_a_process_that_stood_still_over_a_recorded_start_does_not_begin_it() -> None:
     """Stopped after the start of an isolated message was recorded: when it goes on, its lease is over (a storm's find)."""
     bed = Bed()
