@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import anyio
 
@@ -129,7 +130,11 @@ class Coordinator:
 
     def _begin(self) -> None:
         board = self._election.board
-        self._tickets = {SegmentKey.parse(ticket.key).name: ticket for ticket in (board.tickets if board else [])}
+        self._tickets = {}
+        for ticket in board.tickets if board else []:
+            with suppress(ValueError):
+                # What somebody else wrote there is of no use; the listings say what is there.
+                self._tickets[SegmentKey.parse(ticket.key).name] = ticket
         self._published = None
         self._next_workers = self._next_delayed = -math.inf
         self._holders.clear()

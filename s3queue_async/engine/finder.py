@@ -272,13 +272,23 @@ class Finder:
     def _candidates(self, tickets: Iterable[Ticket], now: float) -> list[Candidate]:
         found = []
         for ticket in tickets:
-            key = SegmentKey.parse(ticket.key)
-            if not self.is_free(key.name, now):
+            try:
+                key = SegmentKey.parse(ticket.key)
+            except ValueError:
+                self._scanner.report(ticket.key, "a ticket names it, but its name is no segment's")
+                continue
+            if not self.is_free(key.name, now) or not self._is_claimable(key):
                 continue
             if ticket.orphan:
                 self.block(key.name, 0.0)
             found.append(Candidate(key, ticketed=True))
         return found
+
+    def _is_claimable(self, key: SegmentKey) -> bool:
+        """Whether its key allows it: a ticket may be wrong, and makes nothing due."""
+        if key.place is Place.DELAYED:
+            return key.due_ms / 1000 <= self._shared.time.earliest()
+        return key.place is Place.READY
 
     def _others(self) -> list[str]:
         board = self._election.board
@@ -286,13 +296,13 @@ class Finder:
         return [] if board is None else [worker for worker in board.workers if worker != own]
 
     def _young_tickets(self) -> frozenset[str]:
-        """Names of segments whose tickets others may be about to use."""
+        """Keys of segments whose tickets others may be about to use."""
         board = self._election.board
         if board is None:
             return frozenset()
         after_ms = self._shared.time.now_ms() - 1000 * max(TICKETS_OF_OTHERS_AFTER_S, 2 * board.poll_s)
         young = (ticket for ticket in board.tickets if ticket.issued_ms > after_ms)
-        return frozenset(SegmentKey.parse(ticket.key).name for ticket in young)
+        return frozenset(ticket.key for ticket in young)
 
     # -- by listings ---------------------------------------------------------------------------------------------
 
@@ -306,7 +316,7 @@ class Finder:
         others_busy = False
         for listed in (self._list_ready, self._list_delayed):
             candidates, busy = await listed()
-            found += [candidate for candidate in candidates if candidate.key.name not in leave_alone]
+            found += [candidate for candidate in candidates if candidate.key.text not in leave_alone]
             others_busy = others_busy or busy
         ranked = self._ranked(found)
         if found:
