@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import anyio
 import msgspec
@@ -138,6 +139,18 @@ class Context:
 
     def __repr__(self) -> str:
         return f"Context({self.message_id!r}, attempt={self.attempt}/{self.max_attempts}, token={self.token})"
+
+
+class Tracing(Protocol):
+    """Follows messages from their enqueue to their handler; ``s3queue_async.otel`` has one."""
+
+    def outgoing(self, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        """The headers with which a message is enqueued: the producer's, and what ``handling`` wants to see again."""
+        ...
+
+    def handling(self, context: Context) -> AbstractContextManager[Any]:
+        """Entered around each run of a handler, in whose context variables it runs; sees what the handler raises."""
+        ...
 
 
 Acknowledge = Callable[[Outcome | None], Awaitable[None]]
@@ -322,11 +335,13 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         live: The claim loop moved lately (True where there is nothing to claim for).
-        ready: Open, and registered where a handler wants messages.
+        ready: Open, and where there is a worker: registered, with a lease that is trusted, and with a way to its work,
+            which is a coordinator's board that is live or a look of its own.
         coordinator: Whether this process coordinates.
         worker_id: The id, or None without a worker.
         last_heartbeat: Seconds since the last heartbeat; None without one.
         last_progress: Seconds since the claim loop last moved; None without one.
+        reason: Why it is not live, or else not ready; "" when it is both.
     """
 
     live: bool
@@ -335,6 +350,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str | None
     last_heartbeat: float | None
     last_progress: float | None
+    reason: str = ""
 
     def __await__(self) -> Generator[Any, None, Self]:
         yield from ()

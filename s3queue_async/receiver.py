@@ -13,7 +13,7 @@ from s3queue_async.engine.session import Session
 from s3queue_async.errors import InvalidSettings, LeaseLost
 from s3queue_async.message import DeadLetter, Message, Outcome, Retry
 from s3queue_async.settings import seconds, whole_number
-from s3queue_async.worker import Decoder, make_context, refused, settle_error
+from s3queue_async.worker import Decoder, announce_completed, make_context, refused, settle_error
 
 RECEIVE_MAX = 1000
 WAIT_MAX_S = 3600.0
@@ -125,6 +125,8 @@ class Receiver:
             settle_error(session, item.held, item.index, item.attempt, outcome)
         session.slot_free()
         await session.settler.flush(item.held)
+        if outcome is None:
+            announce_completed(session, item.held.index.records[item.index], item.attempt, took_s, None)
 
     def _end(self, item: _Outstanding) -> None:
         item.over = True

@@ -22,8 +22,8 @@ from s3queue_async.engine.session import Session
 from s3queue_async.errors import InvalidSettings
 from s3queue_async.events import LoopBlocked, MessageCompleted, MessageProcessing
 from s3queue_async.log import log
-from s3queue_async.message import Context, DeadLetter, Outcome, Release, Retry
-from s3queue_async.protocol.segment import Codec, Failure
+from s3queue_async.message import Context, DeadLetter, Outcome, Release, Retry, Tracing
+from s3queue_async.protocol.segment import Codec, Failure, Record
 from s3queue_async.settings import whole_number
 
 CONCURRENCY_MAX = 10_000
@@ -61,30 +61,42 @@ class Handler:
         function: ``async (payload, context)``, ``async (payload)``, or a sync function of either shape, which runs
             in a thread.
         decode: Turns bytes into payloads.
+        tracing: Follows each message into the handler.
 
     Raises:
         InvalidSettings: It cannot be called with a payload.
     """
 
-    def __init__(self, function: HandlerFunction, decode: Decoder) -> None:
+    def __init__(self, function: HandlerFunction, decode: Decoder, tracing: Tracing | None = None) -> None:
         self.function = function
         self.decode = decode
+        self._tracing = tracing
         self.name: str = getattr(function, "__qualname__", repr(function))
         call = getattr(function, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether it exists
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        self.wants_context = _wants_context(function, self.name)
+        self._takes_context = _wants_context(function, self.name)
+        self.wants_context = self._takes_context or tracing is not None
 
     def start(self, payload: Any, context: Context | None, limiter: anyio.CapacityLimiter) -> Coroutine[Any, Any, Any]:
         """The call, not begun yet."""
+        if self._tracing is not None and context is not None:
+            return self._traced(self._tracing, payload, context, limiter)
+        return self._call(payload, context, limiter)
+
+    def _call(self, payload: Any, context: Context | None, limiter: anyio.CapacityLimiter) -> Coroutine[Any, Any, Any]:
         if not self.is_async:
             return self._in_thread(payload, context, limiter)
         coroutine: Coroutine[Any, Any, Any] = (
-            self.function(payload, context) if self.wants_context else self.function(payload)
+            self.function(payload, context) if self._takes_context else self.function(payload)
         )
         return coroutine
 
+    async def _traced(self, tracing: Tracing, payload: Any, context: Context, limiter: anyio.CapacityLimiter) -> Any:
+        with tracing.handling(context):
+            return await self._call(payload, context, limiter)
+
     async def _in_thread(self, payload: Any, context: Context | None, limiter: anyio.CapacityLimiter) -> Any:
-        arguments = (payload, context) if self.wants_context else (payload,)
+        arguments = (payload, context) if self._takes_context else (payload,)
         return await anyio.to_thread.run_sync(self.function, *arguments, abandon_on_cancel=True, limiter=limiter)
 
 
@@ -376,18 +388,8 @@ class Worker:
             # A handler that outlasted the lease has done its work for nothing: the message is delivered again.
             in_time = duration_s < TRUST_LOOK_AFTER_S or session.lease.trusted
             session.finished(held, index, attempt=attempt, duration_s=duration_s, result=result, counts=in_time)
-            bus = session.shared.bus
-            if in_time and bus.wants(MessageCompleted.name):
-                record = held.index.records[index]
-                bus.emit(
-                    MessageCompleted(
-                        message_id=record.id,
-                        worker_id=session.worker_id,
-                        attempt=attempt,
-                        duration=duration_s,
-                        result=result,
-                    )
-                )
+            if in_time:
+                announce_completed(session, held.index.records[index], attempt, duration_s, result)
             return
         settle_error(session, held, index, attempt, error)
 
@@ -416,6 +418,23 @@ def make_context(session: Session, held: Held, index: int, attempt: int) -> Cont
         priority=held.index.priority,
         token=held.token(record),
         lease_lost=held.lost_event,
+    )
+
+
+def announce_completed(session: Session, record: Record, attempt: int, duration_s: float, result: Any) -> None:
+    """Tell who listens that a message is done."""
+    shared = session.shared
+    if not shared.bus.wants(MessageCompleted.name):
+        return
+    shared.bus.emit(
+        MessageCompleted(
+            message_id=record.id,
+            worker_id=session.worker_id,
+            attempt=attempt,
+            duration=duration_s,
+            latency=max(0.0, (shared.time.now_ms() - record.enqueued_ms) / 1000),
+            result=result,
+        )
     )
 
 

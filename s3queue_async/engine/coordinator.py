@@ -218,9 +218,13 @@ class Coordinator:
             segments.extend(await self._list_ready())
 
         async def list_due() -> None:
-            segments.extend(await self._list_due(now))
+            segments.extend(await self._list_due())
 
-        await together((list_claims, list_ready, list_due), lambda listing: listing(), at_once=3)
+        due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
+        listings = [list_claims, list_ready]
+        if now >= self._next_delayed or due_now:
+            listings.append(list_due)
+        await together(listings, lambda listing: listing(), at_once=len(listings))
         first = min((key.ulid for key in segments), default="")
         if first and first < floor:
             claims.update(await self._scanner.claims(first, floor))
@@ -240,14 +244,11 @@ class Coordinator:
             after = page.last
         return keys
 
-    async def _list_due(self, now: float) -> list[SegmentKey]:
-        due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
-        if now < self._next_delayed and not due_now:
-            return []
+    async def _list_due(self) -> list[SegmentKey]:
         page = await self._scanner.due(limit=LIST_LIMIT_MAX)
         self._due_ms = page.next_due_ms
         # What is due stays on the list until it is claimed and gone.
-        self._next_delayed = -math.inf if page.keys else now + DELAYED_EVERY_S
+        self._next_delayed = -math.inf if page.keys else self._shared.clock.monotonic() + DELAYED_EVERY_S
         return page.keys
 
     def _account(self, segments: list[SegmentKey], claims: dict[str, float]) -> list[SegmentKey]:

@@ -83,6 +83,11 @@ class StorageMetrics:
         return sum(getattr(self, operation).errors.get("PreconditionFailed", 0) for operation in OPERATIONS)
 
     @property
+    def throttled(self) -> int:
+        """Requests that the store refused for being too many."""
+        return sum(getattr(self, operation).errors.get("Throttled", 0) for operation in OPERATIONS)
+
+    @property
     def unmodified(self) -> int:
         """Conditional reads that found nothing new (304)."""
         return self.get.unmodified

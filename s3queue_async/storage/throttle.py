@@ -141,6 +141,9 @@ class ThrottledStorage:
             "writes": RateLimit(),
             "lists": RateLimit(),
         }
+        self.waits = 0
+        """Requests that waited before they were sent."""
+        self.waited_s = 0.0
 
     def __repr__(self) -> str:
         return f"ThrottledStorage({self._storage!r})"
@@ -199,6 +202,8 @@ class ThrottledStorage:
         wait_s = limit.reserve(self._clock.monotonic())
         urgent = self._urgent(key)
         if wait_s > 0 and not urgent:
+            self.waits += 1
+            self.waited_s += wait_s
             await self._clock.sleep(wait_s)
         began_s = self._clock.monotonic()
         rewrite = kind == "writes" and self._is_rewrite(key, began_s)

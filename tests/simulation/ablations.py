@@ -32,7 +32,7 @@ from s3queue_async.errors import QueueError
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
-from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.settings import Settings
 from s3queue_async.storage import probe, throttle
 from s3queue_async.storage.base import Conflict, IfVersion, NotFound, Stored, Superseded
@@ -430,6 +430,27 @@ def farewell(patch: Patch) -> None:
 @ablation("The heartbeat of a fenced worker is deleted")
 def burial(patch: Patch) -> None:
     patch.setattr(registry.Registry, "_bury", _nothing)
+
+
+# -- coordinator ---------------------------------------------------------------------------------------------------
+
+
+@ablation("The board is published by compare-and-swap", focus=more(deeds={"pause": 8}, fields={"workers": 4}))
+def board_condition(patch: Patch) -> None:
+    original = shared.Shared.swap
+
+    async def careless(self: Any, key: str, body: bytes, **options: Any) -> str:
+        if key == layout.BOARD:
+            written = await options["storage"].put(key, body)
+            return str(written.version)
+        return await original(self, key, body, **options)
+
+    patch.setattr(shared.Shared, "swap", careless)
+
+
+@ablation("A ticket makes nothing due", focus=more(fields={"hints": {"tickets mixed up": 8}}))
+def due_before_ticket(patch: Patch) -> None:
+    patch.setattr(finder.Finder, "_is_claimable", lambda self, key: key.place is not Place.DEAD)
 
 
 # -- settlements ---------------------------------------------------------------------------------------------------

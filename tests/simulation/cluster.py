@@ -27,12 +27,13 @@ from s3queue_async.protocol.board import Ticket
 from tests.simulation.history import Disturbance, History, Job, Loss, Run, Sent
 from tests.simulation.scenario import BOARD_FAULTS, FAULTY_FOR_S, Scenario
 from tests.simulation.store import Client, Store
-from tests.simulation.watch import HEARTBEATS, Watch
+from tests.simulation.watch import BOARD, HEARTBEATS, Watch
 from tests.simulation.world import Process, ProcessClock, World, deterministic_scopes
 
 STUTTER_S = 0.4
 """How long a process that stutters stands still at a time, on average; less than the smallest margin of a lease."""
-BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
+LULL_S = 15.0
+"""How long producers sometimes wait: workers that hold nothing beat rarely then."""
 COLLECT_EVERY = 8
 """Seeds between two collections of garbage."""
 LEFT_ALONE = (layout.CONFIG, "plugin/totals/", BOARD, "plugin/dedup/", layout.DEAD, layout.HISTORY)
@@ -191,6 +192,8 @@ class Cluster:
         rng = self.rng
         while jobs:
             await anyio.sleep(rng.choice((0.0, 0.0, 0.1, 5.0)))
+            if self.hint_rng.random() < self.scenario.lulls:
+                await anyio.sleep(LULL_S)
             together = [jobs.pop(0) for _ in range(min(len(jobs), rng.choice((1, 1, 5, 20))))]
             options: dict[str, Any] = {"priority": rng.choice((0, 0, 9))}
             if rng.random() < 0.2:

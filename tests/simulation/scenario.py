@@ -30,6 +30,7 @@ class Scenario:
     faults: Faults
     deeds: dict[str, int]
     hints: dict[str, int]
+    lulls: float
     deeds_within_s: float
     drift: float
     page_max: int
@@ -72,6 +73,7 @@ def draw(seed: int) -> Scenario:
         election_interval=hint_rng.choice((1.0, 5.0)),
         term_duration=hint_rng.choice((15.0, 300.0)),
         ticket_ttl=hint_rng.choice((3.0, 30.0)),
+        dispatch_interval=hint_rng.choice((0.1, 0.5)),
         ticket_batch=hint_rng.choice((1, 5, 1000)),
         visibility_timeout=visibility_s,
         heartbeat_interval=visibility_s / 3,
@@ -108,6 +110,7 @@ def draw(seed: int) -> Scenario:
         hints={
             deed: hint_rng.randint(0, most) if hint_rng.random() < 0.5 else 0 for deed, most in BOARD_FAULTS.items()
         },
+        lulls=hint_rng.choice((0.0, 0.0, 0.0, 0.3)),
         deeds_within_s=rng.choice((10.0, 20.0, 40.0, FAULTY_FOR_S)),
         drift=rng.uniform(-4e-4, 4e-4),
         page_max=rng.choice((2, 7, 1000)),

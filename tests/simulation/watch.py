@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from s3queue_async.engine.dedup import Marker
+from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
@@ -18,6 +19,7 @@ from tests.simulation.store import Store
 
 LIVE = (layout.READY, layout.DELAYED, layout.DEAD)
 HEARTBEATS = f"plugin/{layout.WORKERS}/"
+BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
 MARKERS = f"plugin/{layout.DEDUP}/"
 OVERTAKING_S = 4.0
 """How much later than a poll a worker may still claim by what it saw: the age of its listing, the time that it leaves
@@ -36,6 +38,7 @@ class Watch:
         self._reported: set[str] = set()
         self._owners: dict[str, tuple[str, int]] = {}
         self._unclaimed_since: dict[str, float] = {}
+        self._term = (0, "")
         self._leased_until: dict[str, float] = {}
         self._fenced = history.fenced = {}
         store.on_change.append(self._changed)
@@ -49,6 +52,8 @@ class Watch:
     def _changed(self, key: str) -> None:
         if key.startswith(HEARTBEATS):
             self._heartbeat(key)
+        if key == BOARD:
+            self._board()
         if key.startswith(MARKERS) and key in self._store.objects:
             marker = msgspec.json.decode(self._store.objects[key].body, type=Marker)
             if marker.state == "finished":
@@ -72,6 +77,21 @@ class Watch:
         self._fenced.setdefault(worker_id, now)
         if found is not None and leased_until is not None and now < leased_until:
             self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
+
+    def _board(self) -> None:
+        """Only one publishes: terms grow, and a term has one leader; whoever deletes the board begins anew."""
+        found = self._store.objects.get(BOARD)
+        if found is None:
+            self._term = (0, "")
+            return
+        board = boards.decode(BOARD, found.body)
+        term, leader = self._term
+        if board.term < term or (board.term == term and board.leader != leader):
+            at_s = self._store.world.time() - 1000
+            self._history.problems.append(
+                f"term {board.term} of {board.leader} was published after term {term} of {leader} at {at_s:.2f}"
+            )
+        self._term = board.term, board.leader
 
     def _claimed(self, key: str) -> None:
         claim = self._decoded(key, self._store.objects[key].body)
