@@ -19,7 +19,8 @@ from s3queue_async.errors import (
     Throttled,
     UnknownSetting,
 )
-from s3queue_async.events import Event
+from s3queue_async.events import Event, Latency, MetricsSnapshot
+from s3queue_async.figures import log_metrics
 from s3queue_async.message import (
     CompletedMessage,
     Context,
@@ -32,6 +33,7 @@ from s3queue_async.message import (
     QueueStats,
     Release,
     Retry,
+    Tracing,
     WorkerInfo,
 )
 from s3queue_async.queue import S3Queue
@@ -55,11 +57,13 @@ __all__ = [
     "InvalidPriority",
     "InvalidSettings",
     "InvalidURL",
+    "Latency",
     "LeaseLost",
     "Message",
     "MessageNotFound",
     "MessageStatus",
     "MessageTooLarge",
+    "MetricsSnapshot",
     "NewerFormat",
     "PluginStorage",
     "QueueClosed",
@@ -74,6 +78,8 @@ __all__ = [
     "StoreUnavailable",
     "StoreUnsupported",
     "Throttled",
+    "Tracing",
     "UnknownSetting",
     "WorkerInfo",
+    "log_metrics",
 ]

@@ -17,13 +17,13 @@ EVENT_BUFFER = 10_000
 """Events kept for a slow reader of ``queue.events()`` or a slow async callback; the oldest are dropped beyond."""
 
 
-class Event(msgspec.Struct, kw_only=True):
-    """Base of all events; ``name`` says which."""
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all events; ``name`` says which. Nobody changes one: all who listen get the same object."""
 
     name: ClassVar[str] = ""
 
 
-class MessageEnqueued(Event):
+class MessageEnqueued(Event, frozen=True):
     """A message is durable in the queue."""
 
     name: ClassVar[str] = "message.enqueued"
@@ -32,7 +32,7 @@ class MessageEnqueued(Event):
     delayed: bool
 
 
-class MessageClaimed(Event):
+class MessageClaimed(Event, frozen=True):
     """This worker holds the message."""
 
     name: ClassVar[str] = "message.claimed"
@@ -41,7 +41,7 @@ class MessageClaimed(Event):
     token: int
 
 
-class MessageProcessing(Event):
+class MessageProcessing(Event, frozen=True):
     """The handler starts."""
 
     name: ClassVar[str] = "message.processing"
@@ -50,7 +50,7 @@ class MessageProcessing(Event):
     attempt: int
 
 
-class MessageCompleted(Event):
+class MessageCompleted(Event, frozen=True):
     """The message is finished and will not be delivered again.
 
     Attributes:
@@ -67,7 +67,7 @@ class MessageCompleted(Event):
     result: Any
 
 
-class MessageRetry(Event):
+class MessageRetry(Event, frozen=True):
     """An attempt failed; another one follows in ``delay`` seconds."""
 
     name: ClassVar[str] = "message.retry"
@@ -78,7 +78,7 @@ class MessageRetry(Event):
     error: str
 
 
-class MessageDead(Event):
+class MessageDead(Event, frozen=True):
     """The message is a dead letter now."""
 
     name: ClassVar[str] = "message.dead"
@@ -88,7 +88,7 @@ class MessageDead(Event):
     error: str
 
 
-class WorkerStarted(Event):
+class WorkerStarted(Event, frozen=True):
     """A worker is registered and begins to claim."""
 
     name: ClassVar[str] = "workers.started"
@@ -96,7 +96,7 @@ class WorkerStarted(Event):
     capacity: int
 
 
-class WorkerStopped(Event):
+class WorkerStopped(Event, frozen=True):
     """A worker has settled what it held and is not registered any more."""
 
     name: ClassVar[str] = "workers.stopped"
@@ -104,7 +104,7 @@ class WorkerStopped(Event):
     reason: str
 
 
-class CoordinatorPromoted(Event):
+class CoordinatorPromoted(Event, frozen=True):
     """This process coordinates from now on."""
 
     name: ClassVar[str] = "coordinator.promoted"
@@ -112,7 +112,7 @@ class CoordinatorPromoted(Event):
     term: int
 
 
-class CoordinatorDemoted(Event):
+class CoordinatorDemoted(Event, frozen=True):
     """This process does not coordinate any more."""
 
     name: ClassVar[str] = "coordinator.demoted"
@@ -121,7 +121,7 @@ class CoordinatorDemoted(Event):
     reason: str
 
 
-class LeaseLostEvent(Event):
+class LeaseLostEvent(Event, frozen=True):
     """Another worker may own these messages; their handlers are cancelled and nothing of them is settled."""
 
     name: ClassVar[str] = "lease.lost"
@@ -130,7 +130,7 @@ class LeaseLostEvent(Event):
     reason: str
 
 
-class StoreThrottled(Event):
+class StoreThrottled(Event, frozen=True):
     """The store asked for fewer requests."""
 
     name: ClassVar[str] = "s3.throttled"
@@ -217,7 +217,7 @@ class MetricsSnapshot(Event, frozen=True):
     cost_per_million: float | None = None
 
 
-class LoopBlocked(Event):
+class LoopBlocked(Event, frozen=True):
     """A handler kept the event loop from running; heartbeats stand still meanwhile."""
 
     name: ClassVar[str] = "loop.blocked"
@@ -226,7 +226,7 @@ class LoopBlocked(Event):
     seconds: float
 
 
-class ObjectSetAside(Event):
+class ObjectSetAside(Event, frozen=True):
     """An object of the queue could not be read; ``quarantined`` is where its copy is, None when it was left alone."""
 
     name: ClassVar[str] = "object.corrupt"
@@ -235,14 +235,14 @@ class ObjectSetAside(Event):
     quarantined: str | None
 
 
-class EnqueueAmbiguous(Event):
+class EnqueueAmbiguous(Event, frozen=True):
     """A producer was cut off for so long that it had to write messages a second time."""
 
     name: ClassVar[str] = "enqueue.ambiguous"
     message_ids: list[str]
 
 
-class SegmentVoided(Event):
+class SegmentVoided(Event, frozen=True):
     """A segment landed too late to count; its writer has written it again under another key."""
 
     name: ClassVar[str] = "segment.void"

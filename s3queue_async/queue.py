@@ -32,7 +32,15 @@ from s3queue_async.errors import (
     StoreUnavailable,
     Throttled,
 )
-from s3queue_async.events import Event, EventBus, MessageCompleted, MessageDead, MessageRetry, StoreThrottled
+from s3queue_async.events import (
+    Event,
+    EventBus,
+    MessageCompleted,
+    MessageDead,
+    MessageRetry,
+    MetricsSnapshot,
+    StoreThrottled,
+)
 from s3queue_async.intake import Intake
 from s3queue_async.log import log
 from s3queue_async.message import (
@@ -42,8 +50,10 @@ from s3queue_async.message import (
     Message,
     MessageStatus,
     QueueStats,
+    Tracing,
     WorkerInfo,
 )
+from s3queue_async.metrics import Meter
 from s3queue_async.protocol import layout
 from s3queue_async.receiver import Receiver, checked_receive
 from s3queue_async.settings import Settings, seconds, whole_number
@@ -96,6 +106,9 @@ class S3Queue(Generic[PayloadT]):
         on_complete: Called with each MessageCompleted event.
         auto_start: Start processing as soon as the queue is open and a handler is there.
         concurrency: Of ``on_message``.
+        tracing: Follows messages from their enqueue to their handler, such as OpenTelemetryTracing.
+        count_backlog: Whether the ``metrics`` event carries the backlog, which takes two listings or more; None: in
+            the process that coordinates, and in a worker that sees no coordinator.
         clock, rng: Local time and chance, for tests and simulation.
 
     Raises:
@@ -115,6 +128,8 @@ class S3Queue(Generic[PayloadT]):
         on_complete: Callable[[Any], Any] | None = None,
         auto_start: bool = True,
         concurrency: int = 10,
+        tracing: Tracing | None = None,
+        count_backlog: bool | None = None,
         clock: Clock | None = None,
         rng: Random | None = None,
     ) -> None:
@@ -143,6 +158,8 @@ class S3Queue(Generic[PayloadT]):
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
         self._inspector = Inspector(self._shared, self._decode, lambda: self._session)
+        self._meter = Meter(self._shared, self._metered, self._storage, lambda: self._session, backlog=count_backlog)
+        self._tracing = tracing
         self.dead_letters = DeadLetters(self._inspector, self._working)
         self._auto_start = auto_start
         self._worker: Worker | None = None
@@ -163,7 +180,7 @@ class S3Queue(Generic[PayloadT]):
         if on_complete is not None:
             self._bus.on(MessageCompleted.name, on_complete)
         if on_message is not None:
-            self._worker = Worker(Handler(on_message, self._decode), concurrency)
+            self._worker = Worker(Handler(on_message, self._decode, tracing), concurrency)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -178,6 +195,7 @@ class S3Queue(Generic[PayloadT]):
             self._group = await stack.enter_async_context(anyio.create_task_group())
             await self._group.start(self._producer.run)
             self._group.start_soon(self._bus.run)
+            self._group.start_soon(self._meter.run)
             self._stack = stack.pop_all()
         if self._auto_start and self._worker is not None:
             self._process()
@@ -334,7 +352,7 @@ class S3Queue(Generic[PayloadT]):
         """
         self._require_open()
         due_ms = self._intake.due_ms(delay, deliver_at)
-        options = self._intake.options(priority, headers, max_attempts, expires_in)
+        options = self._intake.options(priority, self._outgoing(headers), max_attempts, expires_in)
         entry = self._intake.entry(payload, options, dedup_id)
         if self.settings.max_pending is not None:
             await self._check_room(1)
@@ -370,7 +388,7 @@ class S3Queue(Generic[PayloadT]):
         if isinstance(dedup_id, str):
             raise InvalidSettings("dedup_id of enqueue_many must be a function from payload to id, not one id for all.")
         due_ms = self._intake.due_ms(delay, deliver_at)
-        options = self._intake.options(priority, headers, max_attempts, expires_in)
+        options = self._intake.options(priority, self._outgoing(headers), max_attempts, expires_in)
         make = self._intake.entry
         writes = BulkWriter(self._producer, priority, due_ms)
         limited = self.settings.max_pending is not None
@@ -398,6 +416,9 @@ class S3Queue(Generic[PayloadT]):
             with anyio.CancelScope(shield=True):
                 error.enqueued_ids = await writes.ids_written()  # type: ignore[attr-defined]  # told to the caller
             raise
+
+    def _outgoing(self, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        return headers if self._tracing is None else self._tracing.outgoing(headers)
 
     async def _check_room(self, count: int) -> None:
         most = self.settings.max_pending
@@ -524,7 +545,7 @@ class S3Queue(Generic[PayloadT]):
                 f"The queue has the handler {self._worker.handler.name} already.",
                 suggestion="Call stop_processing() first, or tell messages apart inside one handler.",
             )
-        self._worker = Worker(Handler(function, self._decode), concurrency)
+        self._worker = Worker(Handler(function, self._decode, self._tracing), concurrency)
 
     async def _receiving(self) -> Receiver:
         self._require_open()
@@ -685,16 +706,43 @@ class S3Queue(Generic[PayloadT]):
         now = self._clock.monotonic()
         last_beat = None if session is None else session.lease.last_beat
         progress = None if session is None else now - session.claimer.last_progress
-        opened = self._stack is not None and not self._draining
-        wanted = self._serving is not None
+        live = progress is None or progress < max(LIVE_WITHIN_S, 3 * self.settings.max_poll_interval)
+        lacking = self._lacking()
         return Health(
-            live=progress is None or progress < max(LIVE_WITHIN_S, 3 * self.settings.max_poll_interval),
-            ready=opened and (not wanted or (session is not None and session.lease.trusted)),
+            live=live,
+            ready=not lacking,
             coordinator=self.is_coordinator,
             worker_id=self.worker_id,
             last_heartbeat=None if last_beat is None else now - last_beat,
             last_progress=progress,
+            reason=lacking if live else f"the claim loop has not moved for {progress:.0f} s",
         )
+
+    def _lacking(self) -> str:
+        """What this process lacks to be ready; "" when it is."""
+        session = self._session
+        if self._stack is None:
+            return "the queue is not open"
+        if self._draining:
+            return "the queue drains"
+        if self._serving is None:
+            return ""
+        if session is None or session.lease.last_beat is None:
+            return "the worker is not registered yet"
+        if not session.lease.trusted:
+            return "the worker's lease is over"
+        known = session.coordination
+        # Without a live board a worker lists for itself; it has decided so once it has looked, or found work anyhow.
+        decided = known.board_live or session.claimer.polled > 0 or known.claims_direct > 0
+        return "" if decided or session.capacity == 0 else "the worker has not looked for work yet"
+
+    def metrics(self) -> MetricsSnapshot:
+        """This process's figures now; asks nothing of the store.
+
+        The first call begins the counting of messages, unless somebody listens for the ``metrics`` event already. The
+        backlog is what the last of those events said.
+        """
+        return self._meter.look()
 
     def requests(self) -> StorageMetrics:
         """The requests that this process made of the store, by operation."""
