@@ -348,7 +348,9 @@ class Cluster:
         board = boards.decode(BOARD, found.body)
         tickets = []
         if deed == "tickets mixed up":
+            # Only what a listing could have shown to a coordinator: a void segment never gets a ticket.
             keys = [key for key in store.objects if key.startswith((layout.READY, layout.DELAYED))]
+            keys = [key for key in keys if not self.watch.is_void(key)]
             keys += [ticket.key for ticket in board.tickets]
             rng.shuffle(keys)
             workers = [*self.living.values(), "nobody"]

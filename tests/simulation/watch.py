@@ -117,6 +117,11 @@ class Watch:
                     at_s = self._store.world.time() - 1000
                     self._history.problems.append(f"{message_id} is live in {other} and {key} at {at_s:.2f}")
 
+    def is_void(self, key: str) -> bool:
+        """Whether a segment that is there landed too late."""
+        found = self._store.objects[key]
+        return is_void(self._key(key).created_ms, found.modified_s, self._history.settings.segment_age)
+
     def _live_in(self, key: str, body: bytes, modified_s: float) -> list[str]:
         parsed = self._key(key)
         if is_void(parsed.created_ms, modified_s, self._history.settings.segment_age):

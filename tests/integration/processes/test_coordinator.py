@@ -89,7 +89,7 @@ async def test_coordinator_killed_under_load(place: Place) -> None:
     ends = sorted(line.end for line in programs.handled)
     longest_s = max(later - earlier for earlier, later in pairwise(ends))
     print(
-        f"{place.kind}: {len(workers)} workers, {len(ids)} messages, {len(twice)} handled twice, all by the killed one before; "
+        f"{place.kind}: {len(workers)} workers, {len(ids)} messages, {len(twice)} handled twice; "
         f"another coordinator after {elected_after_s:.2f} s (bound {bound_s:.2f} s: TTL {TTL_ELECTIONS * ELECTION_S:g} + "
         f"margin {settings.lease_margin:g} + resolution {look.storage.date_resolution_s:g} + looks); "
         f"longest pause in completions {longest_s:.2f} s"
