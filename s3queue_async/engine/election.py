@@ -110,18 +110,21 @@ class Election:
 
     async def _read(self) -> bool:
         self._looked_at = self._shared.clock.monotonic()
+        before = self._version
+        stored: Stored | Unmodified | None
         try:
-            stored = await self._store.get(layout.BOARD, unless=self._version)
+            stored = await self._store.get(layout.BOARD, unless=before)
         except NotFound:
-            changed = self._version is not None
-            self._see(None)
-            return changed
+            stored = None
+        if self._version != before:
+            # Written here meanwhile: the reply may be older.
+            return False
         if isinstance(stored, Unmodified):
             if not self.live:
                 self._changed.set()
             return False
         self._see(stored)
-        return True
+        return stored is not None or before is not None
 
     def _see(self, stored: Stored | None) -> None:
         if stored is None:
@@ -222,8 +225,7 @@ class Election:
         Raises:
             StoreUnavailable, Throttled: It may have been written or not; the next publication finds out.
         """
-        assert self.board is not None
-        if not self.leading:
+        if not self.leading or self.board is None:
             return False
         board = msgspec.structs.replace(
             self.board,
