@@ -14,12 +14,11 @@ import asyncio
 from collections import Counter
 
 from s3queue_async import S3Queue
+from s3queue_async.metrics import dollars
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.memory import MemoryStorage
 from s3queue_async.storage.metered import OPERATIONS, MeteredStorage, Request
 
-PRICES = {"put": 5.00, "list": 5.00, "get": 0.40, "delete": 0.0, "delete_many": 0.0}
-"""Dollars for a million requests: S3's list prices in us-east-1."""
 UPKEEP = ("plugin/", "queue.json")
 NAMES = {"put": "PUT", "list": "LIST", "get": "GET", "delete": "DELETE", "delete_many": "DELETE (many)"}
 
@@ -35,10 +34,6 @@ class Counting:
     def _count(self, request: Request) -> None:
         upkeep = request.operation == "list" or request.key.startswith(UPKEEP)
         (self.upkeep if upkeep else self.messages)[request.operation] += 1
-
-
-def dollars(requests: Counter[str]) -> float:
-    return sum(count * PRICES[operation] for operation, count in requests.items()) / 1e6
 
 
 async def handled(messages: int, *, together: bool) -> Counter[str]:

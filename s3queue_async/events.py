@@ -180,8 +180,11 @@ class MetricsSnapshot(Event, frozen=True):
         throttling_errors: Requests that the store refused for being too many.
         throttled_waits: Requests that waited before they were sent, because of such a refusal.
         throttled_wait_seconds: How long they waited, together.
-        backlog: Messages that are ready or due and not settled, by priority; None where this process did not count.
+        backlog: Messages that are ready or due and held by nobody, by priority: 0 and each that was seen; None where
+            this process did not count.
         delayed: Messages that are not due yet; None where this process did not count.
+        held: Messages of segments that workers hold, whole segments until they are settled; None where this process did
+            not count.
         cost_dollars: What ``s3_requests`` cost at S3's list prices.
         cost_per_million: Dollars for a million messages: the interval's cost over the messages that this process
             completed, or enqueued where those are more; None when there were none.
@@ -213,6 +216,7 @@ class MetricsSnapshot(Event, frozen=True):
     throttled_wait_seconds: float = 0.0
     backlog: dict[int, int] | None = None
     delayed: int | None = None
+    held: int | None = None
     cost_dollars: float = 0.0
     cost_per_million: float | None = None
 

@@ -79,9 +79,10 @@ FIGURES = (
     Figure("throttled_waits", "throttled_waits", "counter", "{request}", "Requests that waited because of that."),
     Figure("throttled_wait_seconds", "throttled_wait_seconds", "counter", "s", "How long they waited."),
     Figure(
-        "backlog", "backlog_messages", "gauge", "{message}", "Messages ready or due and not settled yet.", "priority"
+        "backlog", "backlog_messages", "gauge", "{message}", "Messages ready or due, and held by nobody.", "priority"
     ),
     Figure("delayed", "delayed_messages", "gauge", "{message}", "Messages that are not due yet."),
+    Figure("held", "held_messages", "gauge", "{message}", "Messages of segments that workers hold."),
     Figure("cost_dollars", "cost_dollars", "counter", "USD", "What the requests cost at S3's list prices."),
     Figure("cost_per_million", "cost_per_million_messages_dollars", "gauge", "USD", "What a million messages cost so."),
 )

@@ -78,12 +78,17 @@ async def serve_health(
             with anyio.CancelScope(shield=True):
                 await server.serve(sockets=[listener])
 
+        raised: Exception | None = None
         async with anyio.create_task_group() as group:
             group.start_soon(serve)
             try:
                 yield HealthServer(host, listener.getsockname()[1])
+            except Exception as error:  # noqa: BLE001 - what the block raised goes on as it is, not as the group's
+                raised = error
             finally:
                 server.should_exit = True
+        if raised is not None:
+            raise raised
 
 
 class _Server(uvicorn.Server):

@@ -39,7 +39,7 @@ DOLLARS_PER_MILLION: Mapping[str, float] = MappingProxyType(
 )
 """List prices of requests, S3 Standard in us-east-1, by operation; from https://aws.amazon.com/s3/pricing/."""
 BACKLOG_PAGES_MAX = 10
-"""Pages of 1,000 segments that are counted of what is ready, and of what is delayed."""
+"""Pages of 1,000 keys that are listed of what is ready, of what is delayed, and of claims."""
 
 OCTAVE_MIN = -20
 OCTAVES = 50
@@ -103,6 +103,21 @@ class _Mark:
     end_to_end: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Messages of the queue that are not settled.
+
+    Attributes:
+        waiting: Ready or due and held by nobody, by priority.
+        delayed: Not due yet.
+        held: Of segments that workers hold, or have given back and nobody took since.
+    """
+
+    waiting: dict[int, int]
+    delayed: int
+    held: int
+
+
 class Meter:
     """Knows the figures of one queue object, and emits them as long as somebody listens for them.
 
@@ -136,12 +151,14 @@ class Meter:
         self._marks: deque[_Mark] = deque(maxlen=2)
         self._enqueued = self._processed = self._retried = self._dead = 0
         self._handler, self._end_to_end = Histogram(), Histogram()
-        self._backlog: dict[int, int] | None = None
-        self._delayed: int | None = None
+        self._backlog: Backlog | None = None
+        self._priorities = {0}
 
     def look(self) -> MetricsSnapshot:
         """The figures now; the rates are about the last whole interval and what has passed since."""
-        self._looked_at = True
+        if not self._bus.wants(MetricsSnapshot.name):
+            # Nobody else keeps the counting going until the next look.
+            self._looked_at = True
         self._begin()
         now = self._clock.monotonic()
         snapshot = self._since(self._marks[0], now)
@@ -153,6 +170,8 @@ class Meter:
         """Emit the figures whenever an interval is over and somebody listens, until cancelled."""
         while True:
             while not self._bus.wants(MetricsSnapshot.name):
+                if not self._looked_at:
+                    self._end()
                 await self._bus.changed.wait()
             self._begin()
             self._emitting = True
@@ -161,13 +180,13 @@ class Meter:
                     await self._interval()
             finally:
                 self._emitting = False
-                self._backlog = self._delayed = None
-                if not self._looked_at:
-                    self._end()
+                self._backlog = None
 
     async def _interval(self) -> None:
         await self._clock.sleep(self._shared.settings.metrics_interval)
-        await self._count_backlog()
+        if not self._bus.wants(MetricsSnapshot.name):
+            return
+        self._backlog = await self._counted()
         now = self._clock.monotonic()
         snapshot = self._since(self._marks[-1], now)
         self._marks.append(self._mark(now))
@@ -250,8 +269,9 @@ class Meter:
             throttling_errors=store.throttled,
             throttled_waits=self._throttled.waits,
             throttled_wait_seconds=self._throttled.waited_s,
-            backlog=self._backlog,
-            delayed=self._delayed,
+            backlog=None if self._backlog is None else self._backlog.waiting,
+            delayed=None if self._backlog is None else self._backlog.delayed,
+            held=None if self._backlog is None else self._backlog.held,
             cost_dollars=dollars(requests),
             cost_per_million=_per_million(dollars(news), max(processed, self._enqueued - mark.enqueued)),
         )
@@ -268,29 +288,37 @@ class Meter:
         known = session.coordination
         return known.is_coordinator or not known.board_live
 
-    async def _count_backlog(self) -> None:
-        self._backlog = self._delayed = None
+    async def _counted(self) -> Backlog | None:
+        """The backlog, where this process is to count it and the store answers."""
         if not self._wants_backlog:
-            return
+            return None
+        shared = self._shared
         # A store that does not answer must not hold up the other figures for long.
-        with anyio.move_on_after(self._shared.settings.metrics_interval):
+        with anyio.move_on_after(shared.settings.metrics_interval):
             try:
-                self._backlog, self._delayed = await count_backlog(self._shared.storage, self._shared.time.now_ms())
+                counted = await count_backlog(shared.storage, shared.time.now_ms())
             except (StoreUnavailable, Throttled) as error:
                 log.warning("the backlog could not be counted", error=str(error))
+                return None
+            # A priority of which nothing is left is told as 0: a gauge that is not told any more keeps its last value.
+            self._priorities |= counted.waiting.keys()
+            waiting = {priority: counted.waiting.get(priority, 0) for priority in sorted(self._priorities)}
+            return Backlog(waiting, counted.delayed, counted.held)
+        log.warning("the backlog could not be counted", error="the store took longer than metrics_interval")
+        return None
 
 
-async def count_backlog(storage: Storage, now_ms: int) -> tuple[dict[int, int], int]:
-    """Messages that are ready or due, by priority, and those that are not due yet; from the names of 10,000 segments each.
-
-    Those that a worker holds count until they are settled: whoever scales workers by it must not stop them before.
+async def count_backlog(storage: Storage, now_ms: int) -> Backlog:
+    """Count what waits and what is held, by the names of up to 10,000 segments and claims each.
 
     Args:
         storage: The queue's store.
         now_ms: Store time, milliseconds since the epoch.
     """
-    due: dict[int, int] = {}
-    later = 0
+    # Claims first: a segment that is claimed meanwhile still waits by this count, and one that is settled is gone.
+    claimed = {layout.claim_name(entry.key) async for entry in _entries(storage, layout.CLAIMS)}
+    waiting: dict[int, int] = {}
+    delayed = held = 0
     for prefix in (layout.READY, layout.DELAYED):
         async for entry in _entries(storage, prefix):
             try:
@@ -298,11 +326,13 @@ async def count_backlog(storage: Storage, now_ms: int) -> tuple[dict[int, int], 
             except ValueError:
                 # A foreign object under our prefix; the claim loop reports it.
                 continue
-            if key.due_ms > now_ms:
-                later += key.count
+            if key.name in claimed:
+                held += key.count
+            elif key.due_ms > now_ms:
+                delayed += key.count
             else:
-                due[key.priority] = due.get(key.priority, 0) + key.count
-    return due, later
+                waiting[key.priority] = waiting.get(key.priority, 0) + key.count
+    return Backlog(waiting, delayed, held)
 
 
 async def _entries(storage: Storage, prefix: str) -> AsyncIterator[Entry]:

@@ -27,7 +27,7 @@ class OpenTelemetryMetrics:
     """Shows a meter the figures of a queue, as its last ``metrics`` event told them, and records latencies as they come.
 
     Args:
-        queue: The queue; it need not be open yet, but the event loop must run.
+        queue: The queue; it need not be open yet.
         name: What the attribute ``queue`` says; None: the queue's url without its parameters.
         meter_provider: Whose meter; None: the global one.
     """
@@ -49,11 +49,11 @@ class OpenTelemetryMetrics:
             "From the enqueue to the completion, of completed messages.",
             explicit_bucket_boundaries_advisory=SECONDS,
         )
-        self._snapshot: MetricsSnapshot | None = queue.metrics()
         self._off = [
             queue.on(MetricsSnapshot.name, self._take),
             queue.on(MessageCompleted.name, self._record),
         ]
+        self._snapshot: MetricsSnapshot | None = queue.metrics()
         for figure in FIGURES:
             if figure.kind == "gauge":
                 create: Callable[..., Any] = meter.create_observable_gauge

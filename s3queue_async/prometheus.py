@@ -23,7 +23,7 @@ class PrometheusMetrics(Collector):
     What a scrape gets is up to ``metrics_interval`` old; a scrape asks nothing of the store.
 
     Args:
-        queue: The first queue; it need not be open yet, but the event loop must run.
+        queue: The first queue; it need not be open yet.
         name: What the label ``queue`` says; None: the queue's url without its parameters.
         registry: Where to register.
 
@@ -36,7 +36,11 @@ class PrometheusMetrics(Collector):
         self._off: list[Callable[[], None]] = []
         self._registry = registry
         registry.register(self)
-        self.add(queue, name=name)
+        try:
+            self.add(queue, name=name)
+        except BaseException:
+            registry.unregister(self)
+            raise
 
     def add(self, queue: S3Queue[Any], *, name: str | None = None) -> None:
         """Show another queue beside the first.
@@ -56,8 +60,8 @@ class PrometheusMetrics(Collector):
             # A scrape in a thread reads it: a snapshot is replaced, and never changed.
             self._snapshots[label] = snapshot
 
-        take(queue.metrics())
         self._off.append(queue.on(MetricsSnapshot.name, take))
+        take(queue.metrics())
 
     def close(self) -> None:
         """Listen no more, and leave the registry."""

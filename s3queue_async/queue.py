@@ -107,8 +107,8 @@ class S3Queue(Generic[PayloadT]):
         auto_start: Start processing as soon as the queue is open and a handler is there.
         concurrency: Of ``on_message``.
         tracing: Follows messages from their enqueue to their handler, such as OpenTelemetryTracing.
-        count_backlog: Whether the ``metrics`` event carries the backlog, which takes two listings or more; None: in
-            the process that coordinates, and in a worker that sees no coordinator.
+        count_backlog: Whether the ``metrics`` event carries the backlog, which takes three listings or more; None:
+            in the process that coordinates, and in a worker that sees no coordinator.
         clock, rng: Local time and chance, for tests and simulation.
 
     Raises:
@@ -739,7 +739,7 @@ class S3Queue(Generic[PayloadT]):
     def metrics(self) -> MetricsSnapshot:
         """This process's figures now; asks nothing of the store.
 
-        The first call begins the counting of messages, unless somebody listens for the ``metrics`` event already. The
+        Messages are counted from the first call on, or as long as somebody listens for the ``metrics`` event. The
         backlog is what the last of those events said.
         """
         return self._meter.look()

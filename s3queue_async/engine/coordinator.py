@@ -37,6 +37,8 @@ LOOKS_A_SECOND = 50.0
 LOOKS_FREE = 5
 """So many workers look as often as they like."""
 POLL_MAX_S = 2.0
+HEARTBEATS_LOOK = 1.5
+"""Heartbeats are read once in so many of their intervals."""
 RATE_FADES_S = 1.0
 AHEAD_MAX = 4
 """A worker gets tickets ahead for at most so many times what it handles at a time."""
@@ -147,7 +149,12 @@ class Coordinator:
         wait_s = self._pace.delay_s(self._shared.random.random())
         if self._due_ms is not None:
             wait_s = min(wait_s, self._due_ms / 1000 - self._shared.time.earliest())
-        return max(self._shared.settings.dispatch_interval / 2, wait_s)
+        # Tickets need not be there sooner than they are seen.
+        return max(self._shared.settings.dispatch_interval / 2, self._poll_s / 4, wait_s)
+
+    @property
+    def _poll_s(self) -> float:
+        return min(POLL_MAX_S, max(0.0, (self.active_workers - LOOKS_FREE) / LOOKS_A_SECOND))
 
     # -- a cycle -------------------------------------------------------------------------------------------------
 
@@ -160,7 +167,7 @@ class Coordinator:
             return False
         if now >= self._next_workers:
             await self._look_at_workers()
-            self._next_workers = now + shared.settings.heartbeat_interval
+            self._next_workers = now + HEARTBEATS_LOOK * shared.settings.heartbeat_interval
         segments, claims = await self._list(now)
         claimable = self._account(segments, claims)
         assignment = assign(
@@ -187,7 +194,7 @@ class Coordinator:
         workers[self._worker_id] = self._capacity()
         # A worker that is alone takes its tickets from memory; whoever joins is seen by its heartbeat.
         shown = tickets if len(workers) > 1 else []
-        poll_s = min(POLL_MAX_S, max(0.0, (len(workers) - LOOKS_FREE) / LOOKS_A_SECOND))
+        poll_s = self._poll_s
         content = tuple(shown), tuple(sorted(workers)), poll_s, self.busy
         now = self._shared.clock.monotonic()
         if not election.renewal_is_due and (content == self._published or now < self._publish_at):

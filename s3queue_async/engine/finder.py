@@ -32,8 +32,12 @@ DELAYED_EVERY_S = 1.0
 """How often delayed segments are listed while none is known to become due."""
 BUSY_POLL_CAP_S = 1.0
 """The longest wait between looks while others hold segments of several messages, which they may hand back."""
+NEGLECTED_AFTER_S = 1.5
+"""A segment that nobody claimed for so long, or for three looks at the board if that is longer, is neglected."""
 HUNGRY_AFTER_S = 1.0
 """A worker with nothing to do that sees no ticket for so long lists for itself."""
+HUNGRY_LOOKS_A_SECOND = 10.0
+"""How often all workers together list for themselves, at most."""
 HUNGRY_MAX_S = 120.0
 """Each such look that finds nothing doubles the time until the next, up to this: ten idle workers list 0.1 times a
 second then, $1.30 a month."""
@@ -223,8 +227,8 @@ class Finder:
                 self._plan(found=bool(found), busy=election.board is not None and election.board.busy)
                 return found
         self._peers = self._others()
-        found = await self._scan(now, leave_alone=self._young_tickets())
-        self._hungry_s = HUNGRY_AFTER_S if found else min(HUNGRY_MAX_S, 2 * self._hungry_s)
+        found = [candidate for candidate in await self._scan(now) if self._is_neglected(candidate)]
+        self._hungry_s = self._patience_s if found else min(HUNGRY_MAX_S, 2 * max(self._hungry_s, self._patience_s))
         self._hungry_at = self._shared.clock.monotonic() + self._hungry_s * (1 - 0.5 * self._shared.random.random())
         return found
 
@@ -235,12 +239,20 @@ class Finder:
         least_s = 0.0 if board is None else board.poll_s
         if found:
             self._polling.found()
-            self._hungry_s = HUNGRY_AFTER_S
-            self._hungry_at = now + max(HUNGRY_AFTER_S, 3 * least_s)
+            self._hungry_s = self._patience_s
+            self._hungry_at = now + self._hungry_s
         else:
             self._polling.empty(cap_s=BUSY_POLL_CAP_S if busy else None)
         chance = shared.random.random()
         self._next_look = now + max(least_s * (1 - 0.25 * chance), self._polling.delay_s(chance))
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a worker with nothing to do waits for a ticket before it lists for itself."""
+        board = self._election.board
+        if board is None:
+            return HUNGRY_AFTER_S
+        return max(HUNGRY_AFTER_S, 3 * board.poll_s, len(board.workers) / HUNGRY_LOOKS_A_SECOND)
 
     # -- by tickets ----------------------------------------------------------------------------------------------
 
@@ -295,18 +307,19 @@ class Finder:
         own = self._lease.worker_id
         return [] if board is None else [worker for worker in board.workers if worker != own]
 
-    def _young_tickets(self) -> frozenset[str]:
-        """Keys of segments whose tickets others may be about to use."""
+    def _is_neglected(self, candidate: Candidate) -> bool:
+        """Whether the coordinator, or the worker that it chose, had time enough for a segment."""
         board = self._election.board
         if board is None:
-            return frozenset()
-        after_ms = self._shared.time.now_ms() - 1000 * max(TICKETS_OF_OTHERS_AFTER_S, 2 * board.poll_s)
-        young = (ticket for ticket in board.tickets if ticket.issued_ms > after_ms)
-        return frozenset(ticket.key for ticket in young)
+            return True
+        key = candidate.key
+        after_ms = self._shared.time.now_ms() - 1000 * max(NEGLECTED_AFTER_S, 3 * board.poll_s)
+        issued_ms = (ticket.issued_ms for ticket in board.tickets if ticket.key == key.text)
+        return max(key.created_ms, key.due_ms, *issued_ms) < after_ms
 
     # -- by listings ---------------------------------------------------------------------------------------------
 
-    async def _scan(self, now: float, leave_alone: frozenset[str] = frozenset()) -> list[Candidate]:
+    async def _scan(self, now: float) -> list[Candidate]:
         """List what may be claimable, best first."""
         shared = self._shared
         self._directly = False
@@ -316,7 +329,7 @@ class Finder:
         others_busy = False
         for listed in (self._list_ready, self._list_delayed):
             candidates, busy = await listed()
-            found += [candidate for candidate in candidates if candidate.key.text not in leave_alone]
+            found += candidates
             others_busy = others_busy or busy
         ranked = self._ranked(found)
         if found:

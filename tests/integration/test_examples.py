@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ import pytest
 
 from examples.demo.files import broken_file, source_files
 from examples.demo.proof import Indexed, prove
-from s3queue_async import QueueStats
+from s3queue_async import QueueStats, S3Queue, WorkerInfo
 from s3queue_async.testing.servers import free_ports
 
 pytestmark = pytest.mark.integration
@@ -140,10 +142,10 @@ def test_proof_finds_what_is_wrong(tmp_path: Path) -> None:
 
 def test_worker_and_service(tmp_path: Path) -> None:
     """What the service takes is handled, its status known; both drain on SIGTERM and exit with 0 (or the signal)."""
-    (port,) = free_ports(1)
+    port, health_port = free_ports(2)
     base = f"http://127.0.0.1:{port}"
     with (
-        started("examples.worker", cwd=tmp_path) as worker,
+        started("examples.worker", cwd=tmp_path, HEALTH_PORT=str(health_port)) as worker,
         started("examples.service", cwd=tmp_path, PORT=str(port)) as service,
     ):
         read_until(worker, "waiting for messages")
@@ -155,6 +157,7 @@ def test_worker_and_service(tmp_path: Path) -> None:
         while (status := _request(f"{base}/emails/{sent[0]}")["status"]) != "completed":
             assert time.monotonic() < ends_at, status
         assert _request(f"{base}/health")["ready"] is True
+        assert _request(f"http://127.0.0.1:{health_port}/readyz") == {"status": "ready"}
         code, printed = stop(service)
         assert code in (0, -signal.SIGTERM), printed
         assert "clean: True" in printed
@@ -168,6 +171,46 @@ def _request(url: str, body: bytes | None = None, headers: Mapping[str, str] | N
     with urllib.request.urlopen(urllib.request.Request(url, body, headers or {}), timeout=WAIT_S) as reply:
         answer: dict[str, Any] = json.load(reply)
     return answer
+
+
+def test_backlog_exporter(tmp_path: Path) -> None:
+    """With no worker there, it says how much waits, to KEDA and to Prometheus, and ends on SIGTERM."""
+    (port,) = free_ports(1)
+    base = f"http://127.0.0.1:{port}"
+    url = f"sqlite:{tmp_path}/queue.db"
+    environment = {"S3QUEUE_URL": url, "S3QUEUE_METRICS_INTERVAL": "0.2", "PORT": str(port), "QUEUE_NAME": "jobs"}
+    with started("examples.backlog_exporter", cwd=tmp_path, **environment) as exporter:
+        read_until(exporter, "listening")
+
+        async def enqueue() -> list[WorkerInfo]:
+            async with S3Queue(url) as queue:
+                await queue.enqueue_many(range(7), priority=5)
+                await queue.enqueue_many(range(2), delay=3600)
+                return await queue.workers()
+
+        assert asyncio.run(enqueue()) == []
+        ends_at = time.monotonic() + WAIT_S
+        while (answer := _exported(f"{base}/backlog")) != {"waiting": 7, "held": 0, "unsettled": 7}:
+            assert time.monotonic() < ends_at, answer
+        with urllib.request.urlopen(f"{base}/metrics", timeout=WAIT_S) as reply:
+            text = reply.read().decode()
+        assert 's3queue_backlog_messages{priority="5",queue="jobs"} 7.0' in text
+        assert 's3queue_backlog_messages{priority="0",queue="jobs"} 0.0' in text
+        assert 's3queue_delayed_messages{queue="jobs"} 2.0' in text
+        assert _request(f"{base}/readyz") == {"status": "ready"}
+        code, printed = stop(exporter)
+        assert code == 0, printed
+
+
+def _exported(url: str) -> dict[str, Any]:
+    """What the exporter answers; before it has counted, that is an error."""
+    try:
+        return _request(url)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code != 503:
+                raise
+            return {}
 
 
 def test_delayed_and_priority(tmp_path: Path) -> None:

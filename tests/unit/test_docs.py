@@ -12,12 +12,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
-from s3queue_async import Settings
+from s3queue_async import MetricsSnapshot, Settings
 from s3queue_async.engine.config import QueueConfig
 from s3queue_async.engine.dedup import Marker
 from s3queue_async.engine.registry import Heartbeat, Sums
 from s3queue_async.engine.settler import HistoryRecord
+from s3queue_async.figures import FIGURES, LATENCIES
+from s3queue_async.metrics import DOLLARS_PER_MILLION
 from s3queue_async.protocol import segment
 from s3queue_async.protocol.claim import Claim, Move
 from s3queue_async.protocol.layout import SegmentKey
@@ -121,6 +124,47 @@ def test_reserved_settings() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unused = {name for name in Settings.__struct_fields__ if not re.search(rf"settings\.{name}\b", code)}
     assert unused == reserved
+
+
+def test_every_figure_is_documented() -> None:
+    """docs/metrics.md has each field of a snapshot, with the name that Prometheus knows it by."""
+    tables = page("docs/metrics.md").split("## Prometheus")
+    rows = [dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)) for table in tables]
+    assert rows[0].keys() == set(MetricsSnapshot.__struct_fields__)
+    names = {figure.field: figure.name + ("_total" if figure.kind == "counter" else "") for figure in FIGURES}
+    names |= {field: name for field, (name, _) in LATENCIES.items()}
+    assert {field: re.findall(r"s3queue_(\w+)", row)[0] for field, row in rows[1].items()} == names
+    alerts = tables[1].partition("## What to alert on")[2]
+    used = {re.sub("_(count|sum)$", "", name) for name in re.findall(r"s3queue_(\w+)", alerts)}
+    assert used <= set(names.values())
+
+
+def test_the_price_of_counting() -> None:
+    """What docs/metrics.md says that counting the backlog costs is what three listings an interval cost."""
+    intervals = 30 * 24 * 3600 / Settings().metrics_interval
+    text = page("docs/metrics.md")
+    assert f"{3 * intervals:,.0f} LIST in 30 days, or ${3 * intervals * DOLLARS_PER_MILLION['list'] / 1e6:.2f}" in text
+    at_30_s = 3 * (30 * 24 * 3600 / 30) * DOLLARS_PER_MILLION["list"] / 1e6
+    assert f"At 30 s that is ${at_30_s:.2f} in 30 days" in page("docs/kubernetes.md")
+
+
+def test_the_manifests() -> None:
+    """The manifests parse, their variables are settings or the examples' own, and there is time to drain."""
+    manifests = [part for block in blocks("docs/kubernetes.md", "yaml") for part in yaml.safe_load_all(block)]
+    pods = [part["spec"]["template"]["spec"] for part in manifests if part.get("kind") == "Deployment"]
+    assert len(pods) == 2
+    for pod in pods:
+        (container,) = pod["containers"]
+        environment = {variable["name"]: variable["value"] for variable in container["env"]}
+        program = (ROOT / f"{container['command'][2].replace('.', '/')}.py").read_text(encoding="utf-8")
+        settings = Settings().with_environment(environment)
+        assert settings.drain_timeout * 1.5 <= pod.get("terminationGracePeriodSeconds", settings.drain_timeout * 2)
+        for name in environment.keys() - {f"S3QUEUE_{name.upper()}" for name in Settings.__struct_fields__}:
+            assert f'"{name}"' in program
+        (port,) = container["ports"]
+        assert str(port["containerPort"]) in environment.values()
+        for probe in ("livenessProbe", "readinessProbe"):
+            assert container[probe]["httpGet"]["port"] == port["name"]
 
 
 def test_url_parameters_are_documented() -> None:
