@@ -241,7 +241,7 @@ class Claimer:
                 self._fetch_s += 0.2 * (self._shared.clock.monotonic() - started - self._fetch_s)
             in_the_way = candidate.taken
         if held is None and in_the_way:
-            held = await self._inspect(candidate.key)
+            held = await self._inspect(candidate)
         if held is not None:
             self._finder.unblock(name)
             if candidate.ticketed:
@@ -339,11 +339,11 @@ class Claimer:
     async def _admit(self, key: SegmentKey, claim: Claim, version: str, stored: Stored | None) -> Held | None:
         """Decide whether a claimed segment may be run; otherwise get rid of the claim."""
         if stored is None:
-            self._let_linger(key)
+            self._is_gone(key)
             return None
         if segments.is_void(key.created_ms, stored.modified_s, self._shared.settings.segment_age):
             await self._scanner.clear_void(key)
-            self._let_linger(key)
+            self._is_gone(key)
             return None
         try:
             segment = segments.decode(key.text, stored.body)
@@ -361,6 +361,11 @@ class Claimer:
             return None
         await self._drop_duplicates(held)
         return held
+
+    def _is_gone(self, key: SegmentKey) -> None:
+        """A segment is not there any more, and its claim is ours: it is to follow, and old tickets lead nowhere."""
+        self._let_linger(key)
+        self._finder.forget(key.name)
 
     def _held(self, key: SegmentKey, claim: Claim, version: str, segment: segments.Segment) -> Held:
         return Held(key, claim, version, segment.index, segment.payloads, claimed_at=self._shared.clock.monotonic())
@@ -403,15 +408,15 @@ class Claimer:
 
     # -- taking over ---------------------------------------------------------------------------------------------
 
-    async def _inspect(self, key: SegmentKey) -> Held | None:
+    async def _inspect(self, candidate: Candidate) -> Held | None:
         """Look at the claim that is in the way; take the segment over if nobody holds it."""
         shared = self._shared
+        key = candidate.key
         try:
             stored = await shared.storage.get(key.claim)
         except NotFound:
             self._finder.unblock(key.name)
-            self.notice()
-            return None
+            return await self._claim_fresh(candidate, None)
         assert isinstance(stored, Stored)
         try:
             claim = claims.decode(key.claim, stored.body)
@@ -448,7 +453,7 @@ class Claimer:
         if reading.error is not None:
             raise reading.error
         if reading.stored is None:
-            self._let_linger(key)
+            self._is_gone(key)
             return None
         segment = segments.decode(key.text, reading.stored.body)
         taken = take(segment.index)
@@ -500,7 +505,7 @@ class Claimer:
             log.warning("setting an object aside failed", key=key.text, error=str(failure))
             self._finder.block(key.name, LOOK_AGAIN_S)
             return
-        self._let_linger(key)
+        self._is_gone(key)
         self._scanner.report(key.text, error.reason, copy)
 
     async def _quarantine(self, key: str, body: bytes) -> str:

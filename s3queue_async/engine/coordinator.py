@@ -30,6 +30,10 @@ LIST_LIMIT_MAX = 1000
 DELAYED_EVERY_S = 1.0
 BUSY_CYCLE_CAP_S = 1.0
 """The longest cycle while segments of several messages are held, which their holders may share out."""
+AT_REST_S = 2.0
+"""From this interval between two cycles on, claims are listed only once there is a segment."""
+NOTHING_LISTED = "~"
+"""Follows every name of a segment."""
 FRESH_FOR_S = 10.0
 """How far back claims are listed beside the segments, before it is known how old those are."""
 LOOKS_A_SECOND = 50.0
@@ -144,6 +148,9 @@ class Coordinator:
         self._orphans.clear()
         self._dead_held.clear()
         self._pace.found()
+        if board is not None and not board.tickets and not board.busy:
+            # A new term over a queue at rest is no reason for many looks.
+            self._pace.interval_s = max(self._pace.interval_s, AT_REST_S)
 
     def _wait_s(self) -> float:
         wait_s = self._pace.delay_s(self._shared.random.random())
@@ -228,13 +235,19 @@ class Coordinator:
             segments.extend(await self._list_due())
 
         due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
-        listings = [list_claims, list_ready]
+        listings = [list_ready]
+        at_rest = not self._first_seen and self._pace.interval_s >= AT_REST_S
+        if at_rest:
+            # There is probably nothing to claim.
+            floor = NOTHING_LISTED
+        else:
+            listings.append(list_claims)
         if now >= self._next_delayed or due_now:
             listings.append(list_due)
         await together(listings, lambda listing: listing(), at_once=len(listings))
         first = min((key.ulid for key in segments), default="")
         if first and first < floor:
-            claims.update(await self._scanner.claims(first, floor))
+            claims.update(await self._scanner.claims(first, None if at_rest else floor))
         self._first_seen = first
         segments.sort(key=lambda key: (-key.priority, key.ulid))
         return segments, claims

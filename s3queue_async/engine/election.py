@@ -150,7 +150,7 @@ class Election:
         every_s = shared.settings.election_interval
         while True:
             try:
-                if not self.leading and self._looked_at + every_s / 2 <= shared.clock.monotonic():
+                if not self.leading and self._looked_at + every_s <= shared.clock.monotonic():
                     await self.look()
                 if self._may_stand:
                     # Whoever waits least stands first; the others see its board.
@@ -161,7 +161,7 @@ class Election:
             except QueueError as error:
                 log.warning("the election failed", error=str(error))
                 await shared.clock.sleep(every_s * shared.random.random())
-            with anyio.move_on_after(every_s * (0.75 + 0.5 * shared.random.random())):
+            with anyio.move_on_after(every_s * (0.75 + 0.25 * shared.random.random())):
                 await self._changed.wait()
 
     @property

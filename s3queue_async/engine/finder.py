@@ -24,6 +24,8 @@ LIST_LIMIT_MIN = 32
 LIST_LIMIT_MAX = 1000
 PAGES_MAX = 10
 BLOCKED_MAX = 20_000
+GONE_LINGERS = 3
+"""For so many times as long as claims linger a segment that was gone is not tried again."""
 OTHERS_AFTER_S = 0.5
 """How long a segment is left to the worker that ranking gives it to."""
 TICKETS_OF_OTHERS_AFTER_S = 1.0
@@ -38,9 +40,9 @@ HUNGRY_AFTER_S = 1.0
 """A worker with nothing to do that sees no ticket for so long lists for itself."""
 HUNGRY_LOOKS_A_SECOND = 10.0
 """How often all workers together list for themselves, at most."""
-HUNGRY_MAX_S = 120.0
-"""Each such look that finds nothing doubles the time until the next, up to this: ten idle workers list 0.1 times a
-second then, $1.30 a month."""
+HUNGRY_MAX_S = 300.0
+"""Each such look that finds nothing doubles the time until the next, up to this: nine idle workers then cost $1.05 a
+month in listings of their own."""
 
 
 @dataclass(slots=True)
@@ -99,6 +101,7 @@ class Finder:
         self._due_ms: int | None = None
         self._peers: list[str] = []
         self._blocked: dict[str, float] = {}
+        self._gone: dict[str, float] = {}
         self._limit = LIST_LIMIT_MIN
         self._more = False
         self._started = 0
@@ -167,9 +170,15 @@ class Finder:
 
     def is_free(self, name: str, now: float) -> bool:
         """Whether a segment may be tried, as far as known."""
-        return self._blocked.get(name, now) <= now and not self._known(name)
+        return self._blocked.get(name, now) <= now and not self._known(name) and self._gone.get(name, now) <= now
+
+    def forget(self, name: str) -> None:
+        """A segment is gone: whoever names it for a while yet is behind the times."""
+        self._gone[name] = self._shared.clock.monotonic() + GONE_LINGERS * self._shared.settings.claim_linger
 
     def _prune(self, now: float) -> None:
+        if len(self._gone) > BLOCKED_MAX:
+            self._gone = dict(list(self._gone.items())[BLOCKED_MAX // 2 :])
         if len(self._blocked) > BLOCKED_MAX:
             self._blocked = {name: look_at for name, look_at in self._blocked.items() if look_at > now}
         if len(self._blocked) > BLOCKED_MAX:
@@ -299,7 +308,7 @@ class Finder:
     def _is_claimable(self, key: SegmentKey) -> bool:
         """Whether its key allows it: a ticket may be wrong, and makes nothing due."""
         if key.place is Place.DELAYED:
-            return key.due_ms / 1000 <= self._shared.time.earliest()
+            return key.due_ms / 1000 <= self._shared.time.certain()
         return key.place is Place.READY
 
     def _others(self) -> list[str]:
@@ -323,7 +332,7 @@ class Finder:
         """List what may be claimable, best first."""
         shared = self._shared
         self._directly = False
-        if now >= self._next_peers:
+        if now >= self._next_peers and not self._election.live:
             await self._list_peers(now)
         found: list[Candidate] = []
         others_busy = False

@@ -6,6 +6,7 @@ look to one of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -68,6 +69,7 @@ class Recovery:
         self._lingering: dict[str, float] = {}
         self._probes = PluginStorage(shared.storage, PROBE_NAMESPACE, ttl_s=PROBE_OVER_S)
         self._probes_swept = False
+        self._next_markers = -math.inf
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -84,13 +86,16 @@ class Recovery:
 
     async def sweep(self) -> None:
         """One look at everything that may be left behind."""
-        workers = await self._registry.list()
-        await self._sweep_workers(workers)
-        if self._election.leading:
-            # Nobody else sweeps meanwhile.
-            workers = {}
+        workers: dict[str, float] = {}
+        if not self._election.leading:
+            # The coordinator has read the heartbeats already, and nobody else sweeps beside it.
+            workers = await self._registry.list()
+            await self._sweep_workers(workers)
         await self._sweep_claims(workers)
-        await self._sweep_markers()
+        now = self._shared.clock.monotonic()
+        if now >= self._next_markers:
+            await self._sweep_markers()
+            self._next_markers = now + self._shared.settings.dedup_window / 4
         await self._sweep_probes()
         if self._shared.settings.retain_completed is not None:
             await self._sweep_history(self._shared.settings.retain_completed)

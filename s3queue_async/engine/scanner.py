@@ -53,8 +53,9 @@ class Scanner:
 
     async def due(self, *, limit: int) -> DuePage:
         """The first delayed segments that are due."""
-        bound = layout.due_bound(int(self._shared.time.earliest() * 1000))
         page = await self._shared.storage.list(layout.DELAYED, limit=limit)
+        # After the reply, whose date a local clock that has just jumped cannot change (found by simulation).
+        bound = layout.due_bound(int(self._shared.time.certain() * 1000))
         due = [entry for entry in page.entries if entry.key < bound]
         next_due_ms = None
         for entry in page.entries[len(due) :]:
