@@ -43,6 +43,7 @@ LOOKS_FREE = 5
 POLL_MAX_S = 2.0
 HEARTBEATS_LOOK = 1.5
 """Heartbeats are read once in so many of their intervals."""
+HEARTBEATS_LOOK_MIN_S = 0.5
 RATE_FADES_S = 1.0
 AHEAD_MAX = 4
 """A worker gets tickets ahead for at most so many times what it handles at a time."""
@@ -174,7 +175,10 @@ class Coordinator:
             return False
         if now >= self._next_workers:
             await self._look_at_workers()
-            self._next_workers = now + HEARTBEATS_LOOK * shared.settings.heartbeat_interval
+            # Whoever does not renew its lease is looked at again as soon as that is over.
+            lefts = (self._registry.lease_left_s(peer) for peer in self._workers.values())
+            soonest_s = max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
+            self._next_workers = now + min(soonest_s, HEARTBEATS_LOOK * shared.settings.heartbeat_interval)
         segments, claims = await self._list(now)
         claimable = self._account(segments, claims)
         assignment = assign(
@@ -237,8 +241,8 @@ class Coordinator:
         due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
         listings = [list_ready]
         at_rest = not self._first_seen and self._pace.interval_s >= AT_REST_S
-        if at_rest:
-            # There is probably nothing to claim.
+        if at_rest or self.active_workers == 1:
+            # There is probably nothing to claim; or nobody else who claims: what the worker here holds, it knows.
             floor = NOTHING_LISTED
         else:
             listings.append(list_claims)
@@ -246,7 +250,7 @@ class Coordinator:
             listings.append(list_due)
         await together(listings, lambda listing: listing(), at_once=len(listings))
         first = min((key.ulid for key in segments), default="")
-        if first and first < floor:
+        if first and first < floor and self.active_workers > 1:
             claims.update(await self._scanner.claims(first, None if at_rest else floor))
         self._first_seen = first
         segments.sort(key=lambda key: (-key.priority, key.ulid))

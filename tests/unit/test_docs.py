@@ -22,6 +22,7 @@ from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.figures import FIGURES, LATENCIES
 from s3queue_async.metrics import DOLLARS_PER_MILLION
 from s3queue_async.protocol import segment
+from s3queue_async.protocol.board import Board
 from s3queue_async.protocol.claim import Claim, Move
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.settings import RANGES, SEGMENT_MESSAGES_LIMIT
@@ -116,14 +117,11 @@ def test_documented_default_and_range(name: str) -> None:
     assert allowed.endswith(", or None") == limits.optional
 
 
-def test_reserved_settings() -> None:
-    """What is said to have no effect is read nowhere in the package, and the other way round."""
-    text = page("docs/configuration.md")
-    reserved = set(re.findall(r"^\| `(\w+)`", text.partition("## Reserved")[2].partition("\n## ")[0], re.MULTILINE))
+def test_every_setting_is_used() -> None:
+    """There is no setting that nothing reads."""
     sources = [path for path in (ROOT / "s3queue_async").rglob("*.py") if path.name != "settings.py"]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    unused = {name for name in Settings.__struct_fields__ if not re.search(rf"settings\.{name}\b", code)}
-    assert unused == reserved
+    assert {name for name in Settings.__struct_fields__ if not re.search(rf"settings\.{name}\b", code)} == set()
 
 
 def test_every_figure_is_documented() -> None:
@@ -193,7 +191,7 @@ def test_layout_names_every_field() -> None:
 
 def test_layout_examples_are_read_by_the_code() -> None:
     """Each JSON example is an object as the code writes it."""
-    kinds: list[Any] = [QueueConfig, segment.Index, Claim, Heartbeat, Marker, Sums, list[HistoryRecord]]
+    kinds: list[Any] = [QueueConfig, segment.Index, Claim, Heartbeat, Board, Marker, Sums, list[HistoryRecord]]
     seen: set[Any] = set()
     for block in blocks("docs/object_layout.md", "json"):
         found = [kind for kind in kinds if _reads(block, kind)]
