@@ -73,27 +73,36 @@ GiveUp = Callable[[QueueError], None]
 """Called after each failure; raises when there is no point in another try."""
 
 
-async def look(shared: Shared, key: SegmentKey, body: bytes) -> Fate | None:
+async def look(shared: Shared, key: SegmentKey, body: bytes, *, may_run_at_once: bool) -> Fate | None:
     """What the store shows of a segment that may have been written; None: neither it nor a claim on it.
 
     A void segment is deleted: nobody runs it, and anybody may delete it. So is one that is not what was written:
-    SeaweedFS keeps an empty object of a request that was cut off between its headers and its body.
+    SeaweedFS keeps an empty object of a request that was cut off between its headers and its body. Neither says that an
+    earlier request did not land in time, was run, and is gone: its claim does (found by simulation).
     """
     try:
         stored = await shared.storage.get(key.text)
     except NotFound:
-        try:
-            await shared.storage.get(key.claim, span=(0, 1))
-        except NotFound:
-            return None
-        return Fate.WRITTEN
+        return Fate.WRITTEN if await _is_claimed(shared, key) else None
     assert isinstance(stored, Stored)
     void = segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age)
     if stored.body == body and not void:
         return Fate.WRITTEN
+    ran = may_run_at_once and await _is_claimed(shared, key)
     shared.bus.emit(SegmentVoided(key=key.text))
     await shared.storage.delete(key.text)
-    return Fate.NOT_WRITTEN
+    if ran:
+        return Fate.WRITTEN
+    # An earlier request may still land in time, unless time is over.
+    return Fate.NOT_WRITTEN if void else None
+
+
+async def _is_claimed(shared: Shared, key: SegmentKey) -> bool:
+    try:
+        await shared.storage.get(key.claim, span=(0, 1))
+    except NotFound:
+        return False
+    return True
 
 
 async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: GiveUp, may_run_at_once: bool) -> Fate:
@@ -131,14 +140,14 @@ async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: 
         tries += 1
         began_s = shared.time.seen()
         try:
-            fate = await look(shared, key, body)
+            fate = await look(shared, key, body, may_run_at_once=may_run_at_once)
         except (StoreUnavailable, Throttled) as error:
             await _wait(shared, tries, error, give_up)
             continue
-        if fate is not None:
+        if fate is Fate.WRITTEN:
             return fate
         answered_s = shared.time.latest()
-        if began_s > decide_after_s:
+        if fate is Fate.NOT_WRITTEN or began_s > decide_after_s:
             return Fate.NOT_WRITTEN if answered_s < decide_until_s or not may_run_at_once else Fate.UNKNOWN
         if answered_s >= resend_until_s:
             await shared.clock.sleep(max(LOOK_AGAIN_S, decide_after_s - shared.time.earliest()))

@@ -693,9 +693,9 @@ def claim_shows_the_write(patch: Patch) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-    async def blind(shared_: Any, key: Any, body: bytes) -> Any:
+    async def blind(shared_: Any, key: Any, body: bytes, **options: Any) -> Any:
         view: Any = View(shared_)
-        return await original(view, key, body)
+        return await original(view, key, body, **options)
 
     patch.setattr(writing, "look", blind)
 
@@ -704,8 +704,8 @@ def claim_shows_the_write(patch: Patch) -> None:
 def old_enough_to_decide(patch: Patch) -> None:
     original = writing.look
 
-    async def hasty(shared_: Any, key: Any, body: bytes) -> Any:
-        return await original(shared_, key, body) or writing.Fate.NOT_WRITTEN
+    async def hasty(shared_: Any, key: Any, body: bytes, **options: Any) -> Any:
+        return await original(shared_, key, body, **options) or writing.Fate.NOT_WRITTEN
 
     patch.setattr(writing, "look", hasty)
 

@@ -128,6 +128,28 @@ async def test_a_first_try_that_lands_after_the_second_was_handled() -> None:
 
 
 @virtual
+async def test_a_second_try_that_lands_too_late_hides_no_first_one() -> None:
+    """The first write was handled, its reply was lost, and a second one landed too late: no third one follows."""
+    bed = Bed()
+    once = Once()
+    away, faults = bed.lane()
+    async with bed.queue(on_message=once), bed.queue(storage=away) as producer:
+        faults.lose_reply("put", key="ready/*")
+        gate = faults.land_late("put", key="ready/*", times=None)
+        unseen = faults.unavailable("get", key="ready/*")
+        async with anyio.create_task_group() as group:
+            group.start_soon(producer.enqueue, "good")
+            await once.done.count(1)
+            await anyio.sleep(6)
+            await gate.land()
+            assert len(await bed.keys("ready/")) == 1, "what landed too late is there"
+            faults.remove(unseen)
+        await anyio.sleep(60)
+    assert once.ended == {"good": 1}
+    assert await bed.leftovers() == []
+
+
+@virtual
 async def test_an_enqueue_that_lands_while_it_is_decided() -> None:
     """A write that arrives within segment_age although its reply was lost counts, and is not written again."""
     bed = Bed()
