@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench sim ablations storm lock clean
+.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench cluster sim ablations storm lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ bench: setup ## Throughput beside a bare loop of the same requests, and memory
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.memory
 
+cluster: setup $(VENV)/.installed-bench ## Clusters of 1 to 1,000 workers on a modelled S3: docs/scaling.md (an hour or so)
+	$(BIN)/python -m benchmarks.cluster --plot docs/scaling.png
+	$(BIN)/python -m benchmarks.cluster --latency
+	$(BIN)/python -m benchmarks.cluster --idle
+
 SEEDS ?= 300
 sim: setup ## Simulated clusters with faults: SEEDS=300 JOBS=2, or SEED=n to replay one (WITHOUT=safeguard)
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED) $(if $(WITHOUT),--without $(WITHOUT)),--seeds $(SEEDS) --jobs $(JOBS))
@@ -61,7 +66,7 @@ storm: setup ## Real processes on a real store, killed, stopped and cut off for 
 lock: ## Take the newest versions of everything that setup installs, and write them down
 	rm -rf $(VENV)/lock
 	$(PYTHON) -m venv $(VENV)/lock
-	$(VENV)/lock/bin/python -m pip install -qq --disable-pip-version-check ".[demo,test,dev]"
+	$(VENV)/lock/bin/python -m pip install -qq --disable-pip-version-check ".[bench,demo,test,dev]"
 	( sed -n '/^#/p' constraints.txt; \
 	  $(VENV)/lock/bin/python -m pip freeze --disable-pip-version-check | grep -v '^s3queue' ) > constraints.new
 	mv constraints.new constraints.txt
@@ -84,6 +89,11 @@ $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing s3queue_async[demo,test,dev] into $(VENV) (about a minute the first time)'
 	@$(PIP) --editable '.[demo,test,dev]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing s3queue_async[bench] into $(VENV)'
+	@$(PIP) --editable '.[bench]'
+	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing s3queue_async[demo] into $(VENV)'

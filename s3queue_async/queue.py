@@ -733,7 +733,7 @@ class S3Queue(Generic[PayloadT]):
             return "the worker's lease is over"
         known = session.coordination
         # Without a live board a worker lists for itself; it has decided so once it has looked, or found work anyhow.
-        decided = known.board_live or session.claimer.polled > 0 or known.claims_direct > 0
+        decided = known.board_live or session.finder.listed > 0 or known.claims_direct > 0
         return "" if decided or session.capacity == 0 else "the worker has not looked for work yet"
 
     def metrics(self) -> MetricsSnapshot:

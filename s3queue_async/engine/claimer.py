@@ -92,7 +92,6 @@ class Claimer:
         self._stopped = False
         self.claiming: dict[str, int] = {}
         self.last_progress = shared.clock.monotonic()
-        self.polled = 0
         self._fetch_s = FETCH_ESTIMATE_S
         self.claims_by_ticket = 0
         self.claims_direct = 0
@@ -135,8 +134,8 @@ class Claimer:
 
     async def poll_once(self) -> None:
         """One look, and every claim that comes of it; for callers that do not wait for messages."""
-        before = self.polled
-        while self.polled == before and not self._stopped and self._demand() > 0:
+        before = self._finder.listed
+        while self._finder.listed == before and not self._stopped and self._demand() > 0:
             self._finder.look_directly()
             self.poke()
             await self._quiet.wait()
@@ -173,7 +172,6 @@ class Claimer:
                     self._looked_at = clock.monotonic()
                 except (StoreUnavailable, Throttled) as error:
                     self._finder.failed(error)
-                self.polled += 1
                 self._quiet.set()
 
     # -- looking -------------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ class Finder:
         self._hungry_s = HUNGRY_AFTER_S
         self._hungry_at = 0.0
         self._tickets: list[Ticket] = []
+        self.listed = 0
 
     # -- what the claim loop says --------------------------------------------------------------------------------
 
@@ -144,6 +145,7 @@ class Finder:
             wait_s = max(wait_s, error.retry_after_s)
         self._next_look = self._shared.clock.monotonic() + wait_s
         self._due_ms = None
+        self.listed += 1
 
     def started(self, candidate: Candidate) -> None:
         """A claim is being tried."""
@@ -227,14 +229,15 @@ class Finder:
         election = self._election
         if not election.leading and (election.board is not None or election.live):
             await election.look()
-        if not election.live:
-            return await self._scan(now)
         directly, self._directly = self._directly, False
-        if not directly:
-            found = self._by_tickets()
-            if found or election.leading or not self._idle() or self._shared.clock.monotonic() < self._hungry_at:
-                self._plan(found=bool(found), busy=election.board is not None and election.board.busy)
-                return found
+        if directly or not election.live:
+            if election.live:
+                self._peers = self._others()
+            return await self._scan(now, leave_to_others=not directly)
+        found = self._by_tickets()
+        if found or election.leading or not self._idle() or self._shared.clock.monotonic() < self._hungry_at:
+            self._plan(found=bool(found), busy=election.board is not None and election.board.busy)
+            return found
         self._peers = self._others()
         found = [candidate for candidate in await self._scan(now) if self._is_neglected(candidate)]
         self._hungry_s = self._patience_s if found else min(HUNGRY_MAX_S, 2 * max(self._hungry_s, self._patience_s))
@@ -328,10 +331,9 @@ class Finder:
 
     # -- by listings ---------------------------------------------------------------------------------------------
 
-    async def _scan(self, now: float) -> list[Candidate]:
-        """List what may be claimable, best first."""
+    async def _scan(self, now: float, *, leave_to_others: bool = True) -> list[Candidate]:
+        """List what may be claimable, best first; without what is left to others for a moment, unless told so."""
         shared = self._shared
-        self._directly = False
         if now >= self._next_peers and not self._election.live:
             await self._list_peers(now)
         found: list[Candidate] = []
@@ -340,7 +342,8 @@ class Finder:
             candidates, busy = await listed()
             found += candidates
             others_busy = others_busy or busy
-        ranked = self._ranked(found)
+        ranked = self._ranked(found, leave_to_others=leave_to_others)
+        self.listed += 1
         if found:
             self._polling.found()
         else:
@@ -419,7 +422,7 @@ class Finder:
             free.append(candidate)
         return free, busy
 
-    def _ranked(self, found: list[Candidate]) -> list[Candidate]:
+    def _ranked(self, found: list[Candidate], *, leave_to_others: bool) -> list[Candidate]:
         """Highest priority and then oldest first; of these, what falls to this worker before what falls to others."""
         if not self._peers:
             return sorted(found, key=lambda candidate: (-candidate.key.priority, candidate.key.ulid))
@@ -428,7 +431,12 @@ class Finder:
         for candidate in found:
             key = candidate.key
             mine = falls_to(self._lease.worker_id, key.name, self._peers)
-            if mine or key.place is Place.DELAYED or now_s - key.created_ms / 1000 > OTHERS_AFTER_S:
+            if (
+                mine
+                or not leave_to_others
+                or key.place is Place.DELAYED
+                or now_s - key.created_ms / 1000 > OTHERS_AFTER_S
+            ):
                 ranked.append((-key.priority, not mine, key.ulid, candidate))
         ranked.sort(key=lambda item: item[:3])
         return [item[3] for item in ranked]

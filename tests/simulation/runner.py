@@ -35,9 +35,11 @@ from tests.simulation.store import REQUEST_FAULTS
 SHOWN_LINES = 40
 EVERY_FAULT_AFTER = 1000
 """From this many seeds on, each kind of fault must have happened."""
-REGRESSIONS = (7022,)
-"""Seeds that failed once: the moves of a segment that came back after its worker had left (7022). A change in how often
-chance is asked gives them another meaning; the safeguards are ablations, too, whose seeds ``make ablations`` finds anew."""
+REGRESSIONS = (61, 163, 2914, 3422, 3583)
+"""Seeds that failed once: a ticket made a delayed message due (61); a coordinator was deposed in the middle of a cycle
+(163); a copy that landed too late hid one that had been run (2914); a local clock that had just jumped made one due
+(3422); a stale ticket was followed again and again (3583). A change in how often chance is asked gives them another
+meaning; the safeguards are ablations, too, whose seeds ``make ablations`` finds anew."""
 
 
 @dataclass

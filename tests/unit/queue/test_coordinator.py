@@ -231,6 +231,29 @@ async def test_a_live_board_without_a_coordinator_behind_it() -> None:
 
 
 @virtual
+async def test_a_single_look_is_a_listing() -> None:
+    """process_next and receive(wait=0) find what is there at this moment, whatever the board shows."""
+    bed = Bed()
+    seen = Seen()
+
+    async def handle(payload: object) -> None:
+        seen(payload)
+
+    settings = Settings(coordinator=False)
+    async with bed.queue() as producer:
+        await write(bed, Board("n", 9, "somebody", "leading", 3600.0, workers={"somebody": 10}))
+        async with bed.queue(settings=settings, on_message=handle, auto_start=False) as queue:
+            for number in range(3):
+                await producer.enqueue(number)
+                assert await queue.process_next()
+            assert not await queue.process_next()
+            await producer.enqueue(3)
+            (message,) = await queue.receive(1, wait=0)
+            await message.ack()
+    assert seen.items == [0, 1, 2]
+
+
+@virtual
 async def test_tickets_of_all_kinds_of_nonsense() -> None:
     """Tickets for segments that are gone, not due, held, dead, or no segments at all: nothing runs early or twice."""
     bed = Bed()
