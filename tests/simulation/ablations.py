@@ -288,9 +288,12 @@ def recorded_starts(patch: Patch) -> None:
     patch.setattr(settler.Settler, "record_start", _nothing)
 
 
-@ablation("The highest priority is claimed first", focus=undisturbed)
+@ablation(
+    "The highest priority is claimed first",
+    focus=more(calm=True, settings={"coordinator": False}, fields={"workers": 1}),
+)
 def priorities(patch: Patch) -> None:
-    def oldest_first(self: Any, found: list[Any]) -> list[Any]:
+    def oldest_first(self: Any, found: list[Any], **options: Any) -> list[Any]:
         return sorted(found, key=lambda candidate: candidate.key.ulid)
 
     patch.setattr(finder.Finder, "_ranked", oldest_first)
