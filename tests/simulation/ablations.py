@@ -54,11 +54,6 @@ def as_drawn(scenario: Scenario) -> Scenario:
     return scenario
 
 
-def undisturbed(scenario: Scenario) -> Scenario:
-    """Nothing goes wrong."""
-    return dataclasses.replace(scenario, faults=Faults(), deeds=dict.fromkeys(scenario.deeds, 0))
-
-
 def more(
     *,
     deeds: dict[str, int] | None = None,
@@ -290,7 +285,7 @@ def recorded_starts(patch: Patch) -> None:
 
 @ablation(
     "The highest priority is claimed first",
-    focus=more(calm=True, settings={"coordinator": False}, fields={"workers": 1}),
+    focus=more(calm=True, jobs=work(30, 1.0), settings={"coordinator": False}, fields={"workers": 1}),
 )
 def priorities(patch: Patch) -> None:
     def oldest_first(self: Any, found: list[Any], **options: Any) -> list[Any]:
