@@ -62,7 +62,7 @@ class Coordinator:
         election: The board.
         worker_id: Of the worker in this process.
         capacity: How many messages that worker handles at a time, now.
-        on_tickets: Takes the tickets of the worker in this process, from memory.
+        on_tickets: Takes the tickets for the worker in this process, from memory.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Coordinator:
         had = bool(self._tickets)
         self._tickets = {SegmentKey.parse(ticket.key).name: ticket for ticket in assignment.tickets}
         self.available = len(claimable)
-        self._on_tickets([ticket for ticket in assignment.tickets if ticket.worker == self._worker_id])
+        self._on_tickets(assignment.tickets)
         await self._publish(assignment.tickets)
         return bool(claimable) or had
 

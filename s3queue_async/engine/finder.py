@@ -28,7 +28,7 @@ GONE_LINGERS = 3
 """For so many times as long as claims linger a segment that was gone is not tried again."""
 OTHERS_AFTER_S = 0.5
 """How long a segment is left to the worker that ranking gives it to."""
-TICKETS_OF_OTHERS_AFTER_S = 1.0
+TICKETS_OF_OTHERS_AFTER_S = 2.0
 """How long a ticket is left to its worker, or two of its looks at the board if that is longer."""
 DELAYED_EVERY_S = 1.0
 """How often delayed segments are listed while none is known to become due."""
@@ -36,6 +36,8 @@ BUSY_POLL_CAP_S = 1.0
 """The longest wait between looks while others hold segments of several messages, which they may hand back."""
 NEGLECTED_AFTER_S = 1.5
 """A segment that nobody claimed for so long, or for three looks at the board if that is longer, is neglected."""
+COORDINATED_S = 30.0
+"""How often the coordinator's own worker looks though there are no tickets at all."""
 HUNGRY_AFTER_S = 1.0
 """A worker with nothing to do that sees no ticket for so long lists for itself."""
 HUNGRY_LOOKS_A_SECOND = 10.0
@@ -109,6 +111,7 @@ class Finder:
         self._hungry_s = HUNGRY_AFTER_S
         self._hungry_at = 0.0
         self._tickets: list[Ticket] = []
+        self._has_tickets = False
         self.listed = 0
 
     # -- what the claim loop says --------------------------------------------------------------------------------
@@ -130,11 +133,13 @@ class Finder:
         self._due_ms = due_ms
         return True
 
-    def notice_tickets(self, tickets: list[Ticket]) -> None:
-        """The coordinator in this process has new tickets for this worker."""
+    def notice_tickets(self, tickets: list[Ticket]) -> bool:
+        """The coordinator in this process has new tickets; whether there are some for this worker."""
         self._tickets = tickets
-        if tickets:
+        self._has_tickets = any(ticket.worker == self._lease.worker_id for ticket in tickets)
+        if self._has_tickets:
             self.notice()
+        return self._has_tickets
 
     def failed(self, error: StoreUnavailable | Throttled) -> None:
         """The last look failed: wait longer before the next."""
@@ -208,9 +213,9 @@ class Finder:
         wait_s = self._next_look - now
         if not self._election.live:
             wait_s = min(wait_s, self._due_in_s())
-        elif self._election.leading and not self._directly:
-            # The coordinator in this process tells when there is something.
-            wait_s = max(wait_s, BUSY_POLL_CAP_S) if not self._tickets else wait_s
+        elif self._election.leading and not self._directly and not self._has_tickets:
+            # The coordinator in this process tells when there is something for it; the others' tickets can wait.
+            wait_s = max(wait_s, BUSY_POLL_CAP_S if self._tickets else COORDINATED_S)
         return max(0.0, wait_s)
 
     def _due_in_s(self) -> float:
@@ -271,12 +276,12 @@ class Finder:
     def _by_tickets(self) -> list[Candidate]:
         """One's own tickets; without any, those that others leave unused."""
         now = self._shared.clock.monotonic()
-        if self._election.leading:
-            return self._candidates(self._tickets, now)
         board = self._election.board
         assert board is not None
+        # The coordinator's own worker need not wait for the publication.
+        tickets = self._tickets if self._election.leading else board.tickets
         own = self._lease.worker_id
-        found = self._candidates((ticket for ticket in board.tickets if ticket.worker == own), now)
+        found = self._candidates((ticket for ticket in tickets if ticket.worker == own), now)
         if found or not self._idle():
             return found
         after_ms = 1000 * max(TICKETS_OF_OTHERS_AFTER_S, 2 * board.poll_s)
@@ -284,8 +289,9 @@ class Finder:
         workers = self._others()
         unused = (
             ticket
-            for ticket in board.tickets
-            if now_ms - ticket.issued_ms > after_ms
+            for ticket in tickets
+            if ticket.worker != own
+            and now_ms - ticket.issued_ms > after_ms
             and (
                 now_ms - ticket.issued_ms > 2 * after_ms
                 or falls_to(own, ticket.key, (worker for worker in workers if worker != ticket.worker))

@@ -318,7 +318,11 @@ class Lease:
         """Something is about to be held: beat often from now on."""
         if self._quiet:
             self._quiet = False
-            self._wake.set()
+            self.hurry()
+
+    def hurry(self) -> None:
+        """Beat at once: what the last beat said is not true any more."""
+        self._wake.set()
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease is trusted."""

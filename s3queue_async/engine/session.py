@@ -296,11 +296,11 @@ class Session:
         return self.feed.idle + self.wanted_by_receivers > self.feed.queued + self.claimer.claiming_messages
 
     def _capacity_now(self) -> int:
-        return max(self.capacity, self.wanted_by_receivers)
+        return 0 if self._draining else max(self.capacity, self.wanted_by_receivers)
 
     def _take_tickets(self, tickets: list[Ticket]) -> None:
-        self.finder.notice_tickets(tickets)
-        self.claimer.poke()
+        if self.finder.notice_tickets(tickets):
+            self.claimer.poke()
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -528,6 +528,8 @@ class Session:
         """
         self._draining = True
         self.claimer.poke()
+        # So that the coordinator has no more work for this worker.
+        self.lease.hurry()
         with anyio.move_on_after(FAREWELL_S):
             await self.election.leave()
         with anyio.move_on_after(timeout_s + self.lease.trust_left_s):

@@ -214,7 +214,10 @@ def void_rule(patch: Patch) -> None:
     patch.setattr(segments, "is_void", lambda *args: False)
 
 
-@ablation("Void segments are left to their writer for a while", focus=more(profile="r2"))
+@ablation(
+    "Void segments are left to their writer for a while",
+    focus=more(profile="r2", settings={"coordinator": False}, fields={"workers": 4}),
+)
 def void_left_to_its_writer(patch: Patch) -> None:
     async def at_once(self: Any, key: SegmentKey, modified_s: float) -> None:
         await self.clear_void(key)
@@ -222,12 +225,20 @@ def void_left_to_its_writer(patch: Patch) -> None:
     patch.setattr(scanner.Scanner, "_clear_left_void", at_once)
 
 
-@ablation("The markers of a batch rest before they name another segment", focus=more(profile="r2"))
+@ablation(
+    "The markers of a batch rest before they name another segment",
+    focus=more(
+        profile="r2", jobs=work(40, 0.1), settings={"segment_age": 2.0, "claim_linger": 4.0}, late=0.1, throttled=0.05
+    ),
+)
 def markers_rest(patch: Patch) -> None:
     patch.setattr(producer.Producer, "_rest", _nothing)
 
 
-@ablation("A claim that its owner's younger heartbeat does not name is anybody's")
+@ablation(
+    "A claim that its owner's younger heartbeat does not name is anybody's",
+    focus=more(settings={"coordinator": False}, late=0.1),
+)
 def abandonment_rule(patch: Patch) -> None:
     patch.setattr(registry.Registry, "is_abandoned", lambda *args: False)
 
@@ -328,8 +339,10 @@ def trust_window(patch: Patch) -> None:
     original = registry.Lease._beat
 
     async def trusting(self: Any, when: Any) -> None:
-        await original(self, when)
-        self._trusted_until = float("inf")
+        try:
+            await original(self, when)
+        finally:
+            self._trusted_until = float("inf")
 
     patch.setattr(registry.Lease, "_beat", trusting)
 
