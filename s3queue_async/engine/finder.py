@@ -246,7 +246,11 @@ class Finder:
         self._peers = self._others()
         found = [candidate for candidate in await self._scan(now) if self._is_neglected(candidate)]
         self._hungry_s = self._patience_s if found else min(HUNGRY_MAX_S, 2 * max(self._hungry_s, self._patience_s))
-        self._hungry_at = self._shared.clock.monotonic() + self._hungry_s * (1 - 0.5 * self._shared.random.random())
+        now = self._shared.clock.monotonic()
+        # What is somebody else's may be nobody's by then.
+        free_in_s = min((look_at - now for look_at in self._blocked.values() if look_at > now), default=self._hungry_s)
+        wait_s = min(free_in_s, self._hungry_s * (1 - 0.5 * self._shared.random.random()))
+        self._hungry_at = now + max(self._patience_s, wait_s)
         return found
 
     def _plan(self, *, found: bool, busy: bool) -> None:

@@ -313,7 +313,14 @@ class Storm:
 
     async def _leftovers(self) -> list[str]:
         """What ``cluster.Cluster`` calls left over, by the same rule."""
-        allowed: tuple[str, ...] = (layout.CONFIG, "plugin/totals/", "plugin/dedup/", layout.DEAD, layout.HISTORY)
+        allowed: tuple[str, ...] = (
+            layout.CONFIG,
+            "plugin/totals/",
+            f"plugin/{layout.COORDINATOR}/",
+            "plugin/dedup/",
+            layout.DEAD,
+            layout.HISTORY,
+        )
         if self.proxy.counts[Toxic.LATE_REQUEST]:
             # A write of the probe that lands after the probe cleaned up.
             allowed = (*allowed, "plugin/probe/")
