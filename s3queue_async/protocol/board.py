@@ -125,11 +125,16 @@ def assign(
         else:
             fresh.append(key)
     most_room = _Rooms(left)
-    for key in fresh:
+    waiting = [(-key.priority, key.ulid, key) for key in fresh]
+    heapq.heapify(waiting)
+    while waiting:
+        key = heapq.heappop(waiting)[2]
         avoid = stalled.get(key.name)
         worker = most_room.take(key.count, avoid) if len(given) < limit else None
-        if worker is None and _give_way(key, kept, given, most_room):
-            worker = most_room.take(key.count, avoid)
+        if worker is None:
+            for gone in _give_way(key, kept, given, most_room):
+                heapq.heappush(waiting, (-gone.priority, gone.ulid, gone))
+            worker = most_room.take(key.count, avoid) if len(given) < limit else None
         if worker is None:
             # What follows is no more urgent.
             break
@@ -137,13 +142,14 @@ def assign(
     return Assignment([given[key.name] for key in segments if key.name in given], list(stalled))
 
 
-def _give_way(key: SegmentKey, kept: list[SegmentKey], given: dict[str, Ticket], most_room: _Rooms) -> bool:
+def _give_way(key: SegmentKey, kept: list[SegmentKey], given: dict[str, Ticket], most_room: _Rooms) -> list[SegmentKey]:
     """Take back the least urgent tickets that were kept until there is room, if they are less urgent than this segment."""
+    gone = []
     while kept and kept[-1].priority < key.priority:
-        last = kept.pop()
-        if most_room.give_back(given.pop(last.name).worker, last.count):
-            return True
-    return False
+        gone.append(kept.pop())
+        if most_room.give_back(given.pop(gone[-1].name).worker, gone[-1].count):
+            break
+    return gone
 
 
 class _Rooms:

@@ -12,9 +12,8 @@ import pytest
 from s3queue_async import S3Queue, Settings
 from s3queue_async.engine.election import TTL_ELECTIONS
 from s3queue_async.protocol import board as boards
-from s3queue_async.protocol import layout
 from s3queue_async.protocol.board import Board
-from tests.integration.processes.harness import Fleet, Look, Place, Program, fleet, looking, until
+from tests.integration.processes.harness import BOARD, Fleet, Look, Place, Program, fleet, looking, until
 from tests.integration.processes.programs import LEASE_SHORT
 
 pytestmark = [pytest.mark.integration, pytest.mark.alone]
@@ -28,7 +27,6 @@ SETTINGS: dict[str, Any] = {
     "max_poll_interval": 1.0,
     "segment_messages_max": 5,
 }
-BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
 
 
 async def the_board(look: Look) -> Board:

@@ -125,7 +125,7 @@ def test_an_urgent_segment_takes_the_place_of_the_least_urgent_ticket() -> None:
     """Nobody has room: the ticket of the lowest priority gives way, the others stay where they are."""
     low, middle = keys([(1, 1, 5), (0, 2, 5)])
     previous = by_name(run([low, middle], {"a": 10}))
-    (urgent,) = keys([(9, 3, 1)])
+    (urgent,) = keys([(9, 3, 5)])
     got = run([urgent, low, middle], {"a": 10}, previous)
     assert [ticket.key for ticket in got.tickets] == [urgent.text, low.text]
 
