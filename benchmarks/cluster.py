@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 from rich.console import Console
@@ -30,6 +30,7 @@ from rich.table import Table
 from s3queue_async import Context, S3Queue, Settings
 from s3queue_async.clock import Clock
 from s3queue_async.errors import Throttled
+from s3queue_async.metrics import dollars
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Condition,
@@ -56,8 +57,6 @@ CONCURRENCY = 4
 READ_S, WRITE_S, LIST_S = 0.03, 0.07, 0.08
 SPREAD = 0.25
 WRITES_MAX, READS_MAX = 3500, 5500
-DOLLARS = {"put": 5e-6, "list": 5e-6, "delete_many": 0.0, "delete": 0.0, "get": 4e-7}
-"""Per request: S3 Standard, us-east-1, aws.amazon.com/s3/pricing; deletes are free."""
 MONTH_S = 30 * 86_400.0
 KINDS = ("segments", "claims", "listings", "board", "heartbeats", "other")
 
@@ -87,7 +86,7 @@ class Model:
 
     @property
     def dollars(self) -> float:
-        return sum(DOLLARS[operation] * count for operation, count in self.counts.items())
+        return dollars(self.counts)
 
     def busiest(self, since_s: float) -> float:
         """The largest part of a prefix's limit that was used in any second from then on."""
@@ -438,10 +437,6 @@ def plot(rows: Sequence[Figures], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _settings(**options: Any) -> Settings:
-    return Settings(**options)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -467,7 +462,7 @@ def main() -> int:
     for handler_s in handlers:
         for workers in sizes:
             for coordinator in modes:
-                settings = _settings(coordinator=coordinator)
+                settings = Settings(coordinator=coordinator)
                 row = run_virtual(lambda: measure(workers, handler_s, settings, chosen.seconds, kill=True))  # noqa: B023 - called at once
                 rows.append(row)
                 kinds = ", ".join(f"{kind} {rate:.1f}" for kind, rate in row.by_kind.items())
@@ -487,9 +482,9 @@ def _show_idle(chosen: argparse.Namespace, console: Console) -> int:
     workers = (chosen.workers or [10])[0]
     seconds = chosen.hours * 3600
     for coordinator in (True, False):
-        settings = _settings(coordinator=coordinator)
+        settings = Settings(coordinator=coordinator)
         counts, kinds = run_virtual(lambda: idle(workers, seconds, settings))  # noqa: B023 - called at once
-        month = {operation: count / seconds * MONTH_S * DOLLARS[operation] for operation, count in counts.items()}
+        month = {operation: dollars({operation: count}) / seconds * MONTH_S for operation, count in counts.items()}
         parts = ", ".join(
             f"{operation} {count:,} (${month[operation]:.2f})" for operation, count in counts.most_common()
         )
@@ -502,7 +497,7 @@ def _show_idle(chosen: argparse.Namespace, console: Console) -> int:
 
 def _show_latency(chosen: argparse.Namespace, console: Console) -> int:
     for workers in chosen.workers or (2, 4, 10):
-        settings = _settings()
+        settings = Settings()
         waits = run_virtual(lambda: latency(workers, settings, 200))  # noqa: B023 - called at once
         quantiles = statistics.quantiles(waits, n=100)
         bound_s = settings.dispatch_interval + LIST_S + 2 * WRITE_S + READ_S

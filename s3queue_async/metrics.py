@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,6 +15,7 @@ import anyio
 
 from s3queue_async.clock import Clock
 from s3queue_async.engine.coordination import Coordination
+from s3queue_async.engine.inspector import Backlog
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import StoreUnavailable, Throttled
@@ -28,9 +29,6 @@ from s3queue_async.events import (
     MetricsSnapshot,
 )
 from s3queue_async.log import log
-from s3queue_async.protocol import layout
-from s3queue_async.protocol.layout import SegmentKey
-from s3queue_async.storage.base import Entry, Storage
 from s3queue_async.storage.metered import OPERATIONS, MeteredStorage, StorageMetrics
 from s3queue_async.storage.throttle import ThrottledStorage
 
@@ -38,8 +36,6 @@ DOLLARS_PER_MILLION: Mapping[str, float] = MappingProxyType(
     {"put": 5.0, "list": 5.0, "get": 0.4, "delete": 0.0, "delete_many": 0.0}
 )
 """List prices of requests, S3 Standard in us-east-1, by operation; from https://aws.amazon.com/s3/pricing/."""
-BACKLOG_PAGES_MAX = 10
-"""Pages of 1,000 keys that are listed of what is ready, of what is delayed, and of claims."""
 
 OCTAVE_MIN = -20
 OCTAVES = 50
@@ -103,21 +99,6 @@ class _Mark:
     end_to_end: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """Messages of the queue that are not settled.
-
-    Attributes:
-        waiting: Ready or due and held by nobody, by priority.
-        delayed: Not due yet.
-        held: Of segments that workers hold, or have given back and nobody took since.
-    """
-
-    waiting: dict[int, int]
-    delayed: int
-    held: int
-
-
 class Meter:
     """Knows the figures of one queue object, and emits them as long as somebody listens for them.
 
@@ -126,6 +107,7 @@ class Meter:
         metered: Counts the requests.
         throttled: Slows down when the store asks for it.
         session: The session of this process; None without one.
+        count_backlog: Asks the store what is not settled.
         backlog: Whether to count the backlog; None: where this process coordinates, or its worker sees no coordinator.
     """
 
@@ -135,6 +117,7 @@ class Meter:
         metered: MeteredStorage,
         throttled: ThrottledStorage,
         session: Callable[[], Session | None],
+        count_backlog: Callable[[], Awaitable[Backlog]],
         *,
         backlog: bool | None,
     ) -> None:
@@ -142,6 +125,7 @@ class Meter:
         self._metered = metered
         self._throttled = throttled
         self._session = session
+        self._count_backlog = count_backlog
         self._counts_backlog = backlog
         self._clock: Clock = shared.clock
         self._bus: EventBus = shared.bus
@@ -292,11 +276,10 @@ class Meter:
         """The backlog, where this process is to count it and the store answers."""
         if not self._wants_backlog:
             return None
-        shared = self._shared
         # A store that does not answer must not hold up the other figures for long.
-        with anyio.move_on_after(shared.settings.metrics_interval):
+        with anyio.move_on_after(self._shared.settings.metrics_interval):
             try:
-                counted = await count_backlog(shared.storage, shared.time.now_ms())
+                counted = await self._count_backlog()
             except (StoreUnavailable, Throttled) as error:
                 log.warning("the backlog could not be counted", error=str(error))
                 return None
@@ -306,44 +289,6 @@ class Meter:
             return Backlog(waiting, counted.delayed, counted.held)
         log.warning("the backlog could not be counted", error="the store took longer than metrics_interval")
         return None
-
-
-async def count_backlog(storage: Storage, now_ms: int) -> Backlog:
-    """Count what waits and what is held, by the names of up to 10,000 segments and claims each.
-
-    Args:
-        storage: The queue's store.
-        now_ms: Store time, milliseconds since the epoch.
-    """
-    # Claims first: a segment that is claimed meanwhile still waits by this count, and one that is settled is gone.
-    claimed = {layout.claim_name(entry.key) async for entry in _entries(storage, layout.CLAIMS)}
-    waiting: dict[int, int] = {}
-    delayed = held = 0
-    for prefix in (layout.READY, layout.DELAYED):
-        async for entry in _entries(storage, prefix):
-            try:
-                key = SegmentKey.parse(entry.key)
-            except ValueError:
-                # A foreign object under our prefix; the claim loop reports it.
-                continue
-            if key.name in claimed:
-                held += key.count
-            elif key.due_ms > now_ms:
-                delayed += key.count
-            else:
-                waiting[key.priority] = waiting.get(key.priority, 0) + key.count
-    return Backlog(waiting, delayed, held)
-
-
-async def _entries(storage: Storage, prefix: str) -> AsyncIterator[Entry]:
-    after = ""
-    for _ in range(BACKLOG_PAGES_MAX):
-        page = await storage.list(prefix, after=after)
-        for entry in page.entries:
-            yield entry
-        if not page.more:
-            return
-        after = page.entries[-1].key
 
 
 def dollars(requests: Mapping[str, int]) -> float:

@@ -158,7 +158,14 @@ class S3Queue(Generic[PayloadT]):
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
         self._inspector = Inspector(self._shared, self._decode, lambda: self._session)
-        self._meter = Meter(self._shared, self._metered, self._storage, lambda: self._session, backlog=count_backlog)
+        self._meter = Meter(
+            self._shared,
+            self._metered,
+            self._storage,
+            lambda: self._session,
+            self._inspector.by_priority,
+            backlog=count_backlog,
+        )
         self._tracing = tracing
         self.dead_letters = DeadLetters(self._inspector, self._working)
         self._auto_start = auto_start

@@ -197,7 +197,7 @@ class Claimer:
             candidate = self._candidates.pop()
             if not self._finder.is_free(candidate.key.name, now) or now - self._looked_at > CANDIDATES_STALE_S:
                 continue
-            self._finder.started(candidate)
+            self._finder.started()
             self._start(group, candidate, None)
             return True
         return False
@@ -293,7 +293,7 @@ class Claimer:
         if taken:
             candidate.taken = True
             self.claims_wasted += 1
-            self._finder.lost(candidate)
+            self._finder.lost(key.name)
             return None
         if reading.error is not None:
             raise reading.error

@@ -10,11 +10,9 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 
-import anyio
-
 from s3queue_async.engine.election import Election
 from s3queue_async.engine.registry import Peer, Registry
-from s3queue_async.engine.scanner import Scanner
+from s3queue_async.engine.scanner import DELAYED_EVERY_S, PAGES_MAX, Scanner
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
 from s3queue_async.errors import QueueError, Throttled
@@ -23,11 +21,8 @@ from s3queue_async.protocol import layout
 from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.board import Ticket, assign
 from s3queue_async.protocol.layout import SegmentKey
-from s3queue_async.wakeup import Wakeup
+from s3queue_async.storage.base import LIST_LIMIT_MAX
 
-PAGES_MAX = 10
-LIST_LIMIT_MAX = 1000
-DELAYED_EVERY_S = 1.0
 BUSY_CYCLE_CAP_S = 1.0
 """The longest cycle while segments of several messages are held, which their holders may share out."""
 AT_REST_S = 2.0
@@ -87,7 +82,6 @@ class Coordinator:
         self._pace = Polling(
             min_s=settings.dispatch_interval, max_s=max(settings.dispatch_interval, settings.max_poll_interval)
         )
-        self._noticed = Wakeup()
         self._tickets: dict[str, Ticket] = {}
         self._published: tuple[tuple[Ticket, ...], tuple[str, ...], float, bool] | None = None
         self._publish_at = -math.inf
@@ -110,11 +104,6 @@ class Coordinator:
         """Registered workers, this one included."""
         return len({*self._workers, self._worker_id})
 
-    def notice(self) -> None:
-        """This process wrote something that is to be given away."""
-        self._pace.found()
-        self._noticed.set()
-
     async def run(self) -> None:
         """Lead whenever elected, until cancelled."""
         while True:
@@ -132,8 +121,7 @@ class Coordinator:
                 self._pace.found()
             else:
                 self._pace.empty(cap_s=BUSY_CYCLE_CAP_S if self.busy else None)
-            with anyio.move_on_after(self._wait_s()):
-                await self._noticed.wait()
+            await self._shared.clock.sleep(self._wait_s())
 
     def _begin(self) -> None:
         board = self._election.board
@@ -183,7 +171,7 @@ class Coordinator:
         claimable = self._account(segments, claims)
         assignment = assign(
             claimable,
-            self._rooms(segments, claims),
+            self._rooms(segments),
             self._tickets,
             orphans=frozenset(self._orphans),
             now_ms=shared.time.now_ms(),
@@ -319,7 +307,7 @@ class Coordinator:
             landed_s + margin_s < peer.heartbeat.composed_ms / 1000 for peer in self._workers.values()
         )
 
-    def _rooms(self, segments: list[SegmentKey], claims: dict[str, float]) -> dict[str, int]:
+    def _rooms(self, segments: list[SegmentKey]) -> dict[str, int]:
         """For how many messages each worker should have tickets: what it can start, and a little ahead of its pace."""
         now = self._shared.clock.monotonic()
         in_hand: dict[str, int] = {}
@@ -355,6 +343,7 @@ class Coordinator:
         gone = {name for worker, peer in self._workers.items() if worker not in alive for name in peer.heartbeat.held}
         self._dead_held.update(gone)
         self._workers = alive
+        self._rates = {worker: rate for worker, rate in self._rates.items() if worker in alive}
         held_by = {name: worker for worker, peer in alive.items() for name in peer.heartbeat.held}
         for name in self._holders:
             if name in held_by:

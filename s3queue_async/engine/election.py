@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import anyio
 import msgspec
@@ -28,8 +27,6 @@ TTL_ELECTIONS = 3
 """A board counts for this many election intervals: two renewals may fail."""
 HOLD_OFF_ELECTIONS = 4
 """For so many election intervals after a voluntary hand-over its old leader leaves the election to others."""
-
-Wish = Literal["term over", "drained"]
 
 
 class Election:
@@ -99,16 +96,14 @@ class Election:
 
     # -- looking -------------------------------------------------------------------------------------------------
 
-    async def look(self) -> bool:
-        """Read the board unless it is as it was; whether it changed."""
-        if self._looking.locked():
-            async with self._looking:
-                # Whoever held the lock has just looked.
-                return False
+    async def look(self) -> None:
+        """Read the board unless it is as it was."""
+        looked_already = self._looking.locked()
         async with self._looking:
-            return await self._read()
+            if not looked_already:
+                await self._read()
 
-    async def _read(self) -> bool:
+    async def _read(self) -> None:
         self._looked_at = self._shared.clock.monotonic()
         before = self._version
         stored: Stored | Unmodified | None
@@ -118,13 +113,11 @@ class Election:
             stored = None
         if self._version != before:
             # Written here meanwhile: the reply may be older.
-            return False
-        if isinstance(stored, Unmodified):
-            if not self.live:
-                self._changed.set()
-            return False
-        self._see(stored)
-        return stored is not None or before is not None
+            return
+        if not isinstance(stored, Unmodified):
+            self._see(stored)
+        elif not self.live:
+            self._changed.set()
 
     def _see(self, stored: Stored | None) -> None:
         if stored is None:
@@ -238,7 +231,9 @@ class Election:
         try:
             written = await self._swap(board)
         except (StoreUnavailable, Throttled):
-            await self._find_own_board()
+            if self._shared.clock.monotonic() - self._published_at > self.ttl_s:
+                # Another one may lead by now.
+                self.demote("the board could not be renewed in time")
             raise
         if written:
             return True
@@ -247,11 +242,6 @@ class Election:
             return await self.publish(tickets, workers, poll_s=poll_s, busy=busy)
         self.demote("the board was deleted" if self._version is None else "another coordinator's board is there")
         return False
-
-    async def _find_own_board(self) -> None:
-        """Give up when the store was out of reach for as long as the board counts: another one may lead."""
-        if self._shared.clock.monotonic() - self._published_at > self.ttl_s:
-            self.demote("the board could not be renewed in time")
 
     @property
     def _is_own(self) -> bool:

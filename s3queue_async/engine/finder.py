@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from s3queue_async.engine.election import Election
 from s3queue_async.engine.registry import Lease, Registry
-from s3queue_async.engine.scanner import Scanner
+from s3queue_async.engine.scanner import DELAYED_EVERY_S, PAGES_MAX, Scanner
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import StoreUnavailable, Throttled
 from s3queue_async.log import log
@@ -19,10 +19,9 @@ from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.ranking import falls_to
+from s3queue_async.storage.base import LIST_LIMIT_MAX
 
 LIST_LIMIT_MIN = 32
-LIST_LIMIT_MAX = 1000
-PAGES_MAX = 10
 BLOCKED_MAX = 20_000
 GONE_LINGERS = 3
 """For so many times as long as claims linger a segment that was gone is not tried again."""
@@ -30,8 +29,6 @@ OTHERS_AFTER_S = 0.5
 """How long a segment is left to the worker that ranking gives it to."""
 TICKETS_OF_OTHERS_AFTER_S = 2.0
 """How long a ticket is left to its worker, or two of its looks at the board if that is longer."""
-DELAYED_EVERY_S = 1.0
-"""How often delayed segments are listed while none is known to become due."""
 BUSY_POLL_CAP_S = 1.0
 """The longest wait between looks while others hold segments of several messages, which they may hand back."""
 NEGLECTED_AFTER_S = 1.5
@@ -152,13 +149,13 @@ class Finder:
         self._due_ms = None
         self.listed += 1
 
-    def started(self, candidate: Candidate) -> None:
+    def started(self) -> None:
         """A claim is being tried."""
         self._started += 1
 
-    def lost(self, candidate: Candidate) -> None:
-        """Somebody else has it: there may be workers that are not known yet."""
-        self.block(candidate.key.name, 0.0)
+    def lost(self, name: str) -> None:
+        """Somebody else has a segment: there may be workers that are not known yet."""
+        self.block(name, 0.0)
         self._next_peers = 0.0
 
     # -- what is somebody else's ---------------------------------------------------------------------------------
@@ -232,7 +229,7 @@ class Finder:
         now = self._shared.clock.monotonic()
         self._prune(now)
         election = self._election
-        if not election.leading and (election.board is not None or election.live):
+        if not election.leading and election.board is not None:
             await election.look()
         directly, self._directly = self._directly, False
         if directly or not election.live:

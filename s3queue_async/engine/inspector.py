@@ -42,6 +42,20 @@ _history_decoder = msgspec.msgpack.Decoder(list[HistoryRecord])
 Decode = Callable[[bytes, int], Any]
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """Messages of the queue that are not settled.
+
+    Attributes:
+        waiting: Ready or due and held by nobody, by priority.
+        delayed: Not due yet.
+        held: Of segments that workers hold, or have given back and nobody took since.
+    """
+
+    waiting: dict[int, int]
+    delayed: int
+    held: int
+
+
 class Inspector:
     """Read-only views of a queue; nothing here claims or changes anything.
 
@@ -117,6 +131,25 @@ class Inspector:
                 if count >= stop_at:
                     return count
         return count
+
+    async def by_priority(self) -> Backlog:
+        """What waits and what is held, by the names of up to 10,000 segments of a kind, and as many claims."""
+        # Claims first: a segment that is claimed meanwhile still waits by this count, and one that is settled is gone.
+        listed, _ = await self._entries(layout.CLAIMS, QUICK_PAGES)
+        claimed = {layout.claim_name(entry.key) for entry in listed}
+        now_ms = self._shared.time.now_ms()
+        waiting: dict[int, int] = {}
+        delayed = held = 0
+        for prefix in (layout.READY, layout.DELAYED):
+            entries, _ = await self._entries(prefix, QUICK_PAGES)
+            for key in _keys(entries):
+                if key.name in claimed:
+                    held += key.count
+                elif key.due_ms > now_ms:
+                    delayed += key.count
+                else:
+                    waiting[key.priority] = waiting.get(key.priority, 0) + key.count
+        return Backlog(waiting, delayed, held)
 
     async def workers(self) -> list[WorkerInfo]:
         """Every registered worker, as its last heartbeat describes it."""

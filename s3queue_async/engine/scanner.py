@@ -14,7 +14,10 @@ from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.storage.base import LIST_LIMIT_MAX, Entry
 
-CLAIM_PAGES_MAX = 10
+PAGES_MAX = 10
+"""Pages of one listing that are read for one look."""
+DELAYED_EVERY_S = 1.0
+"""How often delayed segments are listed while none is known to become due."""
 REPORTED_MAX = 20_000
 
 
@@ -75,7 +78,7 @@ class Scanner:
         """
         found: dict[str, float] = {}
         after = layout.CLAIMS + first
-        for _ in range(CLAIM_PAGES_MAX):
+        for _ in range(PAGES_MAX):
             page = await self._shared.storage.list(layout.CLAIMS, after=after, limit=LIST_LIMIT_MAX)
             found.update((layout.claim_name(entry.key), entry.modified_s) for entry in page.entries)
             if not page.more or (last is not None and layout.claim_name(page.entries[-1].key) > last):
