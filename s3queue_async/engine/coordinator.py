@@ -42,6 +42,7 @@ HEARTBEATS_LOOK_MIN_S = 0.5
 RATE_FADES_S = 1.0
 AHEAD_MAX = 4
 """A worker gets tickets ahead for at most so many times what it handles at a time."""
+DEAD_HELD_MAX = 20_000
 PUBLISH_SLOWER = 2.0
 PUBLISH_FASTER = 0.9
 PUBLISH_EVERY_MAX_S = 5.0
@@ -341,6 +342,9 @@ class Coordinator:
                 peer = current
             alive[worker] = peer
         gone = {name for worker, peer in self._workers.items() if worker not in alive for name in peer.heartbeat.held}
+        if len(self._dead_held) > DEAD_HELD_MAX:
+            # Segments that were gone already; an orphan that is forgotten is found by its age.
+            self._dead_held.clear()
         self._dead_held.update(gone)
         self._workers = alive
         self._rates = {worker: rate for worker, rate in self._rates.items() if worker in alive}
