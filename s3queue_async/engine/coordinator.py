@@ -39,6 +39,8 @@ POLL_MAX_S = 2.0
 HEARTBEATS_LOOK = 1.5
 """Heartbeats are read once in so many of their intervals."""
 HEARTBEATS_LOOK_MIN_S = 0.5
+JOINERS_EVERY_S = 1.0
+"""How often workers are listed while there is work: who has just registered is to get some."""
 RATE_FADES_S = 1.0
 AHEAD_MAX = 4
 """A worker gets tickets ahead for at most so many times what it handles at a time."""
@@ -89,6 +91,7 @@ class Coordinator:
         self._publish_every_s = 0.0
         self._workers: dict[str, Peer] = {}
         self._next_workers = -math.inf
+        self._next_joiners = -math.inf
         self._next_delayed = -math.inf
         self._due_ms: int | None = None
         self._first_seen = ""
@@ -163,11 +166,13 @@ class Coordinator:
             await self._election.hand_over()
             return False
         if now >= self._next_workers:
-            await self._look_at_workers()
+            await self._look_at_workers(changed_too=True)
             # Whoever does not renew its lease is looked at again as soon as that is over.
             lefts = (self._registry.lease_left_s(peer) for peer in self._workers.values())
             soonest_s = max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
             self._next_workers = now + min(soonest_s, HEARTBEATS_LOOK * shared.settings.heartbeat_interval)
+        elif (self._tickets or self.busy) and now >= self._next_joiners:
+            await self._look_at_workers(changed_too=False)
         segments, claims = await self._list(now)
         claimable = self._account(segments, claims)
         assignment = assign(
@@ -326,9 +331,10 @@ class Coordinator:
 
     # -- workers -------------------------------------------------------------------------------------------------
 
-    async def _look_at_workers(self) -> None:
-        """Read every heartbeat that changed; fence whose lease is over, and give on what they held."""
-        peers = await self._registry.peers()
+    async def _look_at_workers(self, *, changed_too: bool) -> None:
+        """Read the heartbeats that are new, or changed; fence whose lease is over, and give on what they held."""
+        peers = await self._registry.peers(changed_too=changed_too)
+        self._next_joiners = self._shared.clock.monotonic() + JOINERS_EVERY_S
         alive: dict[str, Peer] = {}
         for worker, peer in peers.items():
             if worker == self._worker_id:

@@ -147,20 +147,20 @@ class Registry:
             after = page.entries[-1].key
         return found
 
-    async def peers(self) -> dict[str, Peer]:
-        """Every registered worker's heartbeat; only those that changed since the last time are read."""
+    async def peers(self, *, changed_too: bool = True) -> dict[str, Peer]:
+        """Every registered worker's heartbeat; only those that are new are read, and, if asked for, those that changed."""
         found: dict[str, Peer] = {}
-        changed: list[str] = []
+        unread: list[str] = []
         after = ""
         while True:
             page = await self._workers.list("", after=after, limit=LIST_LIMIT_MAX)
             for entry in page.entries:
                 known = self._peers.get(entry.key)
-                if known is not None and known.version == entry.version:
+                if known is not None and (known.version == entry.version or not changed_too):
                     found[entry.key] = known
                 else:
-                    changed.append(entry.key)
-            if not page.more or len(found) + len(changed) >= LISTED_WORKERS_MAX:
+                    unread.append(entry.key)
+            if not page.more or len(found) + len(unread) >= LISTED_WORKERS_MAX:
                 break
             after = page.entries[-1].key
 
@@ -169,7 +169,7 @@ class Registry:
             if peer is not None:
                 found[worker_id] = peer
 
-        await together(changed, read, at_once=READS_AT_ONCE)
+        await together(unread, read, at_once=READS_AT_ONCE)
         self._peers = found
         return found
 
