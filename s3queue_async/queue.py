@@ -20,7 +20,7 @@ from s3queue_async.clock import Clock, SystemClock
 from s3queue_async.dead_letters import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, DeadLetters
 from s3queue_async.engine.config import open_queue
 from s3queue_async.engine.inspector import Inspector
-from s3queue_async.engine.producer import BulkWriter, Producer
+from s3queue_async.engine.producer import BulkWriter, Expected, Producer
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.shared import Shared, TimedStorage
 from s3queue_async.errors import (
@@ -441,6 +441,10 @@ class S3Queue(Generic[PayloadT]):
         self._backlog = (looked_at, known + count)
 
     # -- hand-over: what the producer tells this process's worker ------------------------------------------------
+
+    def expect(self, key: layout.SegmentKey) -> Expected | None:
+        """A segment is about to be written here; an idle worker of this process claims it meanwhile."""
+        return None if self._session is None else self._session.claimer.expect(key)
 
     def offer(self, key: layout.SegmentKey, index: Any, payloads: Sequence[bytes], *, shown_at: float) -> None:
         """A segment was written here; an idle worker of this process takes it from memory."""

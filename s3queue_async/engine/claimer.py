@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 from anyio.abc import TaskGroup
@@ -113,12 +114,24 @@ class Claimer:
         if self._known(key.name) or key.name in self.claiming:
             # A listing was faster than the reply to its writer.
             return False
-        wanted = self._demand() > 0 and not self._candidates and not self._stopped and self._lease.trusted
-        if self._group is None or not wanted or len(self.claiming) >= CLAIMS_AT_ONCE:
+        if self._group is None or not self._may_take_at_once():
             self.notice()
             return False
         self._start(self._group, Candidate(key, shown_at), (index, list(payloads)))
         return True
+
+    def expect(self, key: SegmentKey) -> Expected | None:
+        """Claim a segment while this process writes it, if there is demand; None when it is to be offered later."""
+        if self._group is None or not self._may_take_at_once():
+            return None
+        expected = Expected(key)
+        self._begin(key)
+        self._group.start_soon(self._attempt, key, partial(self._obtain_expected, expected))
+        return expected
+
+    def _may_take_at_once(self) -> bool:
+        wanted = self._demand() > 0 and not self._candidates and not self._stopped and self._lease.trusted
+        return wanted and len(self.claiming) < CLAIMS_AT_ONCE
 
     def notice_due(self, due_ms: int) -> None:
         """A delayed segment becomes due then."""
@@ -205,9 +218,12 @@ class Claimer:
     def _start(
         self, group: TaskGroup, candidate: Candidate, offered: tuple[segments.Index, list[bytes]] | None
     ) -> None:
-        self.claiming[candidate.key.name] = candidate.key.count
+        self._begin(candidate.key)
+        group.start_soon(self._attempt, candidate.key, partial(self._obtain, candidate, offered))
+
+    def _begin(self, key: SegmentKey) -> None:
+        self.claiming[key.name] = key.count
         self._lease.needed()
-        group.start_soon(self._attempt, candidate, offered)
 
     async def claim_one(self, key: SegmentKey) -> Held | None:
         """Claim this segment, or take it over; None when it is gone or somebody else's.
@@ -248,10 +264,41 @@ class Claimer:
                 self.claims_direct += 1
         return held
 
-    async def _attempt(self, candidate: Candidate, offered: tuple[segments.Index, list[bytes]] | None) -> None:
-        key = candidate.key
+    async def _obtain_expected(self, expected: Expected) -> Held | None:
+        """Claim a segment that is being written, and wait for its writer to say what became of it."""
+        shared, key = self._shared, expected.key
+        claim = claims.fresh(
+            key.text, owner=self._lease.worker_id, now_ms=shared.time.now_ms(), nonce=shared.nonce(), early=True
+        )
+        version = ""
         try:
-            held = await self._obtain(candidate, offered)
+            version = await shared.swap(
+                key.claim, claims.encode(claim), when=IfAbsent(), deadline_s=shared.settings.claim_trust
+            )
+        except (Superseded, StoreUnavailable, Throttled) as error:
+            log.debug("a segment could not be claimed while it was written", segment=key.name, error=str(error))
+        await expected.decided.wait()
+        segment = expected.segment
+        if segment is None:
+            if version and expected.certainly_gone:
+                self._is_gone(key)
+            elif version:
+                await self._release(Held(key, claim, version, segments.Index([], key.priority), [], claimed_at=0.0))
+            return None
+        if not version:
+            return await self._obtain(Candidate(key, expected.shown_at), (segment.index, segment.payloads))
+        self.claims_direct += 1
+        if self._was_seen_lately(expected.shown_at, key.created_ms / 1000):
+            return self._held(key, claim, version, segment)
+        reading = _Reading()
+        await self._read_into(key.text, reading)
+        if reading.error is not None:
+            raise reading.error
+        return await self._admit(key, claim, version, reading.stored)
+
+    async def _attempt(self, key: SegmentKey, obtain: Callable[[], Awaitable[Held | None]]) -> None:
+        try:
+            held = await obtain()
             # A lease that ran out meanwhile makes it nobody's; its next holder finds it.
             if held is not None and self._lease.trusted:
                 self._deliver(held)
@@ -514,6 +561,38 @@ class Claimer:
             # An earlier try copied it already.
             return copy
         return copy
+
+
+class Expected:
+    """A segment that is claimed while its writer, in this process, writes it.
+
+    Attributes:
+        key: The segment's.
+        decided: Set once it is known what became of the write.
+        segment: What was written; None when it was not, as far as known.
+        shown_at: Local time before the request that proves that it is there.
+        certainly_gone: Whether it is certainly not there, and never will be.
+    """
+
+    __slots__ = ("certainly_gone", "decided", "key", "segment", "shown_at")
+
+    def __init__(self, key: SegmentKey) -> None:
+        self.key = key
+        self.decided = anyio.Event()
+        self.segment: segments.Segment | None = None
+        self.shown_at = 0.0
+        self.certainly_gone = False
+
+    def written(self, index: segments.Index, payloads: Sequence[bytes], *, shown_at: float) -> None:
+        """Say that it is there."""
+        self.segment = segments.Segment(index, list(payloads))
+        self.shown_at = shown_at
+        self.decided.set()
+
+    def not_written(self, *, certainly: bool) -> None:
+        """Say that it is not there, or may not be."""
+        self.certainly_gone = certainly
+        self.decided.set()
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ the workers' heartbeats; a wrong guess costs a try that fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 
 from s3queue_async.engine.election import Election
@@ -20,7 +20,7 @@ from s3queue_async.log import log
 from s3queue_async.protocol import layout
 from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.board import Ticket, assign
-from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.storage.base import LIST_LIMIT_MAX
 
 BUSY_CYCLE_CAP_S = 1.0
@@ -42,12 +42,42 @@ HEARTBEATS_LOOK_MIN_S = 0.5
 JOINERS_EVERY_S = 1.0
 """How often workers are listed while there is work: who has just registered is to get some."""
 RATE_FADES_S = 1.0
-AHEAD_MAX = 4
-"""A worker gets tickets ahead for at most so many times what it handles at a time."""
+TAKEN_AHEAD_MAX = 4
+"""A worker gets tickets ahead for what it took in the last second, at most so many times what it handles at a time."""
+FINISHED_AHEAD_LOOKS = 2.0
+"""One that finishes more than that in a second gets tickets for what it finishes in so many looks, or in a second."""
+AHEAD_MAX = 4096
+"""Messages of tickets that a worker gets ahead, at most."""
+LISTED_MIN = 64
+"""Segments that are listed at least, beside those that are held."""
+LISTED_FOR_ROOM = 2.0
+"""As many segments are listed as would fill the workers' room so many times, by their size so far."""
 DEAD_HELD_MAX = 20_000
 PUBLISH_SLOWER = 2.0
 PUBLISH_FASTER = 0.9
 PUBLISH_EVERY_MAX_S = 5.0
+
+
+class Rates:
+    """How much of something each worker did lately; what was longer ago counts less."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[float, float]] = {}
+
+    def add(self, worker: str, count: int, now: float) -> None:
+        self._of[worker] = (self.a_second(worker, now) + count, now)
+
+    def a_second(self, worker: str, now: float) -> float:
+        """How much in the last second or so."""
+        rate, at = self._of.get(worker, (0.0, now))
+        return rate * math.exp((at - now) / RATE_FADES_S)
+
+    def keep(self, workers: Container[str]) -> None:
+        """Forget all other workers."""
+        self._of = {worker: rate for worker, rate in self._of.items() if worker in workers}
+
+    def clear(self) -> None:
+        self._of.clear()
 
 
 class Coordinator:
@@ -60,6 +90,7 @@ class Coordinator:
         election: The board.
         worker_id: Of the worker in this process.
         capacity: How many messages that worker handles at a time, now.
+        is_at_work: Whether it holds anything.
         on_tickets: Takes the tickets for the worker in this process, from memory.
     """
 
@@ -72,6 +103,7 @@ class Coordinator:
         worker_id: str,
         *,
         capacity: Callable[[], int],
+        is_at_work: Callable[[], bool],
         on_tickets: Callable[[list[Ticket]], None],
     ) -> None:
         self._shared = shared
@@ -80,6 +112,7 @@ class Coordinator:
         self._election = election
         self._worker_id = worker_id
         self._capacity = capacity
+        self._is_at_work = is_at_work
         self._on_tickets = on_tickets
         settings = shared.settings
         self._pace = Polling(
@@ -95,8 +128,12 @@ class Coordinator:
         self._next_delayed = -math.inf
         self._due_ms: int | None = None
         self._first_seen = ""
+        self._listed: dict[str, SegmentKey] = {}
+        self._listed_to = ""
+        self._room = 0
         self._holders: dict[str, str] = {}
-        self._rates: dict[str, tuple[float, float]] = {}
+        self._taken = Rates()
+        self._finished = Rates()
         self._orphans: dict[str, float] = {}
         self._dead_held: set[str] = set()
         self.stalled = 0
@@ -137,7 +174,9 @@ class Coordinator:
         self._published = None
         self._next_workers = self._next_delayed = -math.inf
         self._holders.clear()
-        self._rates.clear()
+        self._listed.clear()
+        self._taken.clear()
+        self._finished.clear()
         self._orphans.clear()
         self._dead_held.clear()
         self._pace.found()
@@ -173,11 +212,15 @@ class Coordinator:
             self._next_workers = now + min(soonest_s, HEARTBEATS_LOOK * shared.settings.heartbeat_interval)
         elif (self._tickets or self.busy) and now >= self._next_joiners:
             await self._look_at_workers(changed_too=False)
+        if self.active_workers == 1:
+            return await self._lead_alone()
         segments, claims = await self._list(now)
         claimable = self._account(segments, claims)
+        rooms = self._rooms(segments)
+        self._room = sum(rooms.values())
         assignment = assign(
             claimable,
-            self._rooms(segments),
+            rooms,
             self._tickets,
             orphans=frozenset(self._orphans),
             now_ms=shared.time.now_ms(),
@@ -192,21 +235,31 @@ class Coordinator:
         await self._publish(assignment.tickets)
         return bool(claimable) or had
 
+    async def _lead_alone(self) -> bool:
+        """The only worker looks for itself: its claim loop knows best what it needs, and when."""
+        self._tickets.clear()
+        self._listed.clear()
+        self._holders.clear()
+        self._first_seen = ""
+        self.available = 0
+        self.busy = self._is_at_work()
+        self._on_tickets([])
+        await self._publish([])
+        return False
+
     async def _publish(self, tickets: list[Ticket]) -> None:
         """Write the board if it says anything new, as often as the store allows one key to be written."""
         election = self._election
         workers = {worker: peer.heartbeat.capacity for worker, peer in self._workers.items()}
         workers[self._worker_id] = self._capacity()
-        # A worker that is alone takes its tickets from memory; whoever joins is seen by its heartbeat.
-        shown = tickets if len(workers) > 1 else []
         poll_s = self._poll_s
-        content = tuple(shown), tuple(sorted(workers)), poll_s, self.busy
+        content = tuple(tickets), tuple(sorted(workers)), poll_s, self.busy
         now = self._shared.clock.monotonic()
         if not election.renewal_is_due and (content == self._published or now < self._publish_at):
             return
         began = now
         try:
-            written = await election.publish(shown, workers, poll_s=poll_s, busy=self.busy)
+            written = await election.publish(tickets, workers, poll_s=poll_s, busy=self.busy)
         finally:
             took_s = self._shared.clock.monotonic() - began
             if election.refused:
@@ -235,8 +288,8 @@ class Coordinator:
         due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
         listings = [list_ready]
         at_rest = not self._first_seen and self._pace.interval_s >= AT_REST_S
-        if at_rest or self.active_workers == 1:
-            # There is probably nothing to claim; or nobody else who claims: what the worker here holds, it knows.
+        if at_rest:
+            # There is probably nothing to claim.
             floor = NOTHING_LISTED
         else:
             listings.append(list_claims)
@@ -244,22 +297,27 @@ class Coordinator:
             listings.append(list_due)
         await together(listings, lambda listing: listing(), at_once=len(listings))
         first = min((key.ulid for key in segments), default="")
-        if first and first < floor and self.active_workers > 1:
+        if first and first < floor:
             claims.update(await self._scanner.claims(first, None if at_rest else floor))
         self._first_seen = first
         segments.sort(key=lambda key: (-key.priority, key.ulid))
         return segments, claims
 
     async def _list_ready(self) -> list[SegmentKey]:
-        wanted = self._shared.settings.ticket_batch + len(self._holders)
+        # No more than can be given away: a page of a thousand keys is the dearest request that there is.
+        messages = sum(key.count for key in self._listed.values())
+        segment = messages / len(self._listed) if self._listed else 1.0
+        free = max(LISTED_MIN, math.ceil(LISTED_FOR_ROOM * self._room / segment))
+        wanted = min(self._shared.settings.ticket_batch, free) + len(self._holders)
         keys: list[SegmentKey] = []
         after = ""
         for _ in range(PAGES_MAX):
-            page = await self._scanner.ready(after=after, limit=LIST_LIMIT_MAX)
+            page = await self._scanner.ready(after=after, limit=min(LIST_LIMIT_MAX, wanted))
             keys += page.keys
+            after = page.last if page.more else ""
             if not page.more or len(keys) >= wanted:
                 break
-            after = page.last
+        self._listed_to = after
         return keys
 
     async def _list_due(self) -> list[SegmentKey]:
@@ -272,6 +330,7 @@ class Coordinator:
     def _account(self, segments: list[SegmentKey], claims: dict[str, float]) -> list[SegmentKey]:
         """Tell what is claimable from what is held, and remember who took what."""
         now = self._shared.clock.monotonic()
+        self._note_finished(segments, now)
         claimable: list[SegmentKey] = []
         orphans: dict[str, float] = {}
         holders: dict[str, str] = {}
@@ -286,15 +345,25 @@ class Coordinator:
                 claimable.append(key)
             else:
                 self.busy = self.busy or key.count > 1
-                holder = self._holders.get(name)
-                ticket = self._tickets.get(name)
-                if holder is None and ticket is not None:
-                    holder = ticket.worker
-                    rate, at = self._rates.get(holder, (0.0, now))
-                    self._rates[holder] = (rate * math.exp((at - now) / RATE_FADES_S) + key.count, now)
-                holders[name] = holder or ""
+                holder = holders[name] = self._holder(name)
+                if holder and name not in self._holders:
+                    self._taken.add(holder, key.count, now)
         self._orphans, self._holders = orphans, holders
         return claimable
+
+    def _holder(self, name: str) -> str:
+        """Who probably holds a segment, or held it; "" when that is not known."""
+        ticket = self._tickets.get(name)
+        return self._holders.get(name) or ("" if ticket is None else ticket.worker)
+
+    def _note_finished(self, segments: list[SegmentKey], now: float) -> None:
+        """Learn how fast workers are from the segments that were listed before and are gone."""
+        before, self._listed = self._listed, {key.name: key for key in segments}
+        for name, key in before.items():
+            beyond = key.place is Place.READY and self._listed_to and key.text > self._listed_to
+            holder = "" if name in self._listed or beyond else self._holder(name)
+            if holder:
+                self._finished.add(holder, key.count, now)
 
     def _is_orphan(self, name: str, landed_s: float) -> bool:
         """Whether a claim is probably nobody's: its holder died, or no heartbeat that was written later names it."""
@@ -321,12 +390,15 @@ class Coordinator:
             holder = self._holders.get(key.name)
             if holder:
                 in_hand[holder] = in_hand.get(holder, 0) + key.count
+        looks_s = max(1.0, FINISHED_AHEAD_LOOKS * (self._pace.interval_s + self._poll_s))
         rooms: dict[str, int] = {}
         for worker in {*self._workers, self._worker_id}:
             capacity = self._capacity() if worker == self._worker_id else self._workers[worker].heartbeat.capacity
-            rate, at = self._rates.get(worker, (0.0, now))
-            ahead = min(AHEAD_MAX * capacity, math.ceil(rate * math.exp((at - now) / RATE_FADES_S)))
-            rooms[worker] = max(0, capacity - in_hand.get(worker, 0)) + ahead
+            ahead = min(TAKEN_AHEAD_MAX * capacity, self._taken.a_second(worker, now))
+            finished = self._finished.a_second(worker, now)
+            if finished > TAKEN_AHEAD_MAX * capacity:
+                ahead = min(AHEAD_MAX, finished * looks_s)
+            rooms[worker] = max(0, capacity - in_hand.get(worker, 0)) + math.ceil(ahead)
         return rooms
 
     # -- workers -------------------------------------------------------------------------------------------------
@@ -353,7 +425,8 @@ class Coordinator:
             self._dead_held.clear()
         self._dead_held.update(gone)
         self._workers = alive
-        self._rates = {worker: rate for worker, rate in self._rates.items() if worker in alive}
+        self._taken.keep(alive)
+        self._finished.keep(alive)
         held_by = {name: worker for worker, peer in alive.items() for name in peer.heartbeat.held}
         for name in self._holders:
             if name in held_by:

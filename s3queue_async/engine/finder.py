@@ -72,6 +72,7 @@ class Finder:
         election: Sees the coordinator's board.
         known: Names of segments that this worker holds, has just ended, or is claiming.
         idle: Whether places for handlers stand empty.
+        alone: Whether no other worker is known to the coordinator in this process.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Finder:
         *,
         known: Callable[[str], bool],
         idle: Callable[[], bool],
+        alone: Callable[[], bool],
     ) -> None:
         self._shared = shared
         self._registry = registry
@@ -92,6 +94,7 @@ class Finder:
         self._election = election
         self._known = known
         self._idle = idle
+        self._alone = alone
         settings = shared.settings
         self._polling = Polling(min_s=settings.poll_interval, max_s=settings.max_poll_interval)
         self._next_look = 0.0
@@ -208,12 +211,17 @@ class Finder:
     def wait_s(self, now: float) -> float:
         """Seconds until the next look."""
         wait_s = self._next_look - now
-        if not self._election.live:
+        if not self._is_coordinated:
             wait_s = min(wait_s, self._due_in_s())
         elif self._election.leading and not self._directly and not self._has_tickets:
             # The coordinator in this process tells when there is something for it; the others' tickets can wait.
             wait_s = max(wait_s, BUSY_POLL_CAP_S if self._tickets else COORDINATED_S)
         return max(0.0, wait_s)
+
+    @property
+    def _is_coordinated(self) -> bool:
+        """Whether tickets are to be expected. A coordinator whose worker is the only one leaves the looking to it."""
+        return self._election.live and not (self._election.leading and self._alone())
 
     def _due_in_s(self) -> float:
         return float("inf") if self._due_ms is None else self._due_ms / 1000 - self._shared.time.earliest()
@@ -232,7 +240,7 @@ class Finder:
         if not election.leading and election.board is not None:
             await election.look()
         directly, self._directly = self._directly, False
-        if directly or not election.live:
+        if directly or not self._is_coordinated:
             if election.live:
                 self._peers = self._others()
             return await self._scan(now, leave_to_others=not directly)
@@ -275,7 +283,10 @@ class Finder:
     # -- by tickets ----------------------------------------------------------------------------------------------
 
     def _by_tickets(self) -> list[Candidate]:
-        """One's own tickets; without any, those that others leave unused."""
+        """One's own tickets, behind more urgent ones that others leave unused; without any, all that others leave.
+
+        An urgent segment must not wait for a busy worker while another takes less urgent ones (found by simulation).
+        """
         now = self._shared.clock.monotonic()
         board = self._election.board
         assert board is not None
@@ -283,22 +294,25 @@ class Finder:
         tickets = self._tickets if self._election.leading else board.tickets
         own = self._lease.worker_id
         found = self._candidates((ticket for ticket in tickets if ticket.worker == own), now)
-        if found or not self._idle():
+        if not self._idle():
             return found
+        others = self._candidates((ticket for ticket in tickets if self._is_left(ticket)), now)
+        if found:
+            others = [candidate for candidate in others if candidate.key.priority > found[0].key.priority]
+        return others + found
+
+    def _is_left(self, ticket: Ticket) -> bool:
+        """Whether another worker has had time enough for its ticket, and this one is to use it."""
+        board, own = self._election.board, self._lease.worker_id
+        assert board is not None
+        if ticket.worker == own:
+            return False
+        if ticket.stalled:
+            return True
         after_ms = 1000 * max(TICKETS_OF_OTHERS_AFTER_S, 2 * board.poll_s)
-        now_ms = self._shared.time.now_ms()
-        workers = self._others()
-        unused = (
-            ticket
-            for ticket in tickets
-            if ticket.worker != own
-            and now_ms - ticket.issued_ms > after_ms
-            and (
-                now_ms - ticket.issued_ms > 2 * after_ms
-                or falls_to(own, ticket.key, (worker for worker in workers if worker != ticket.worker))
-            )
-        )
-        return self._candidates(unused, now)
+        waited_ms = self._shared.time.now_ms() - ticket.issued_ms
+        rivals = (worker for worker in board.workers if worker not in (own, ticket.worker))
+        return waited_ms > after_ms and (waited_ms > 2 * after_ms or falls_to(own, ticket.key, rivals))
 
     def _candidates(self, tickets: Iterable[Ticket], now: float) -> list[Candidate]:
         found = []

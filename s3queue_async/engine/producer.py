@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import anyio
@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from s3queue_async.engine.dedup import Deduplicator, Reservation
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
-from s3queue_async.engine.writing import Fate, Pace, put_segment
+from s3queue_async.engine.writing import Fate, GiveUp, Pace, put_segment
 from s3queue_async.errors import QueueClosed, QueueError, StoreUnavailable
 from s3queue_async.events import EnqueueAmbiguous, MessageEnqueued
 from s3queue_async.log import log
@@ -172,8 +172,21 @@ class BulkWriter:
             self._open.popleft()
 
 
+class Expected(Protocol):
+    """A segment that this process's worker claims while it is being written."""
+
+    def written(self, index: segments.Index, payloads: Sequence[bytes], *, shown_at: float) -> None:
+        """It is there; ``shown_at``: local time before the request that proves it."""
+
+    def not_written(self, *, certainly: bool) -> None:
+        """It is not there, or may not be."""
+
+
 class HandOver(Protocol):
     """Where a fresh segment may go without a detour over the store."""
+
+    def expect(self, key: SegmentKey) -> Expected | None:
+        """A segment is about to be written by this process; None: ``offer`` it once it is."""
 
     def offer(self, key: SegmentKey, index: segments.Index, payloads: Sequence[bytes], *, shown_at: float) -> None:
         """A segment was written by this process; ``shown_at``: local time before the request that proves it."""
@@ -398,12 +411,7 @@ class Producer:
                 key, made_at = self._new_key(batch), shared.clock.monotonic()
                 if reserved:
                     continue
-            index = segments.Index(_records(batch.entries, enqueued_ms), batch.priority)
-            payloads = [entry.payload for entry in batch.entries]
-            sent_at = shared.clock.monotonic()
-            fate = await put_segment(
-                shared, key, segments.encode(index, payloads), give_up=give_up, may_run_at_once=True
-            )
+            fate = await self._put(batch, key, enqueued_ms, give_up)
             if fate is Fate.WRITTEN:
                 self._pace.in_time()
                 break
@@ -413,11 +421,36 @@ class Producer:
             await self._pace.too_late()
             key, made_at = self._new_key(batch), shared.clock.monotonic()
         self._announce(batch)
-        if self.hand_over is not None:
+
+    async def _put(self, batch: Batch, key: SegmentKey, enqueued_ms: int, give_up: GiveUp) -> Fate:
+        """Write a batch's segment, and give it to this process's worker if that wants it."""
+        index = segments.Index(_records(batch.entries, enqueued_ms), batch.priority)
+        payloads = [entry.payload for entry in batch.entries]
+        sent_at = self._shared.clock.monotonic()
+        expected = self._expect(batch, key)
+        fate = Fate.UNKNOWN
+        try:
+            fate = await put_segment(
+                self._shared, key, segments.encode(index, payloads), give_up=give_up, may_run_at_once=True
+            )
+        finally:
+            if expected is not None and fate is Fate.WRITTEN:
+                expected.written(index, payloads, shown_at=sent_at)
+            elif expected is not None:
+                expected.not_written(certainly=fate is Fate.NOT_WRITTEN)
+        if fate is Fate.WRITTEN and self.hand_over is not None:
             if batch.due_ms:
                 self.hand_over.notice_due(batch.due_ms)
-            else:
+            elif expected is None:
                 self.hand_over.offer(key, index, payloads, shown_at=sent_at)
+        return fate
+
+    def _expect(self, batch: Batch, key: SegmentKey) -> Expected | None:
+        """Have this process's worker claim a segment while it is written, so that it starts a round trip earlier."""
+        # Another producer of the same deduplication id takes any claim for a proof that the segment was written.
+        if self.hand_over is None or batch.due_ms or any(entry.dedup_id is not None for entry in batch.entries):
+            return None
+        return self.hand_over.expect(key)
 
     def _announce(self, batch: Batch) -> None:
         if self._shared.bus.wants(MessageEnqueued.name):
@@ -463,7 +496,7 @@ class Producer:
             )
         await clock.sleep(MARKERS_REST_S)
 
-    def _give_up_at(self, local_time: float) -> Callable[[QueueError], None]:
+    def _give_up_at(self, local_time: float) -> GiveUp:
         def give_up(error: QueueError) -> None:
             if self._shared.clock.monotonic() > local_time:
                 raise StoreUnavailable(

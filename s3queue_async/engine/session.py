@@ -89,6 +89,7 @@ class Session:
             self.election,
             known=lambda name: self._known(name) or name in self.claimer.claiming,
             idle=self._idle,
+            alone=lambda: self.coordinator.active_workers == 1,
         )
         self.claimer = Claimer(
             shared,
@@ -112,6 +113,7 @@ class Session:
             self.election,
             worker_id,
             capacity=self._capacity_now,
+            is_at_work=lambda: bool(self.held),
             on_tickets=self._take_tickets,
         )
         self.recovery = Recovery(

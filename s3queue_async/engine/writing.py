@@ -6,8 +6,9 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
+from s3queue_async.errors import CorruptObject, QueueError, StoreUnavailable, Throttled
 from s3queue_async.events import SegmentVoided
+from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.storage.base import Conflict, IfAbsent, NotFound, PreconditionFailed, Stored
@@ -98,11 +99,16 @@ async def look(shared: Shared, key: SegmentKey, body: bytes, *, may_run_at_once:
 
 
 async def _is_claimed(shared: Shared, key: SegmentKey) -> bool:
+    """Whether there is a claim that nobody could have made without having seen the segment."""
     try:
-        await shared.storage.get(key.claim, span=(0, 1))
+        stored = await shared.storage.get(key.claim)
     except NotFound:
         return False
-    return True
+    assert isinstance(stored, Stored)
+    try:
+        return not claims.decode(key.claim, stored.body).early
+    except CorruptObject:
+        return True
 
 
 async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: GiveUp, may_run_at_once: bool) -> Fate:

@@ -25,12 +25,14 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True, gc=False):
         worker: Whose it is.
         issued_ms: Store time at which it was given to this worker.
         orphan: Whether there is a claim in the way that nobody holds any more.
+        stalled: Whether it was another worker's before, which did not use it in time: now it is for whoever has room.
     """
 
     key: str
     worker: str
     issued_ms: int
     orphan: bool = False
+    stalled: bool = False
 
 
 class Board(msgspec.Struct, frozen=True):
@@ -120,7 +122,7 @@ def assign(
             ticket = None
         if ticket is not None and left.get(ticket.worker, 0) > 0 and len(kept) < limit:
             left[ticket.worker] -= key.count
-            given[key.name] = Ticket(key.text, ticket.worker, ticket.issued_ms, key.name in orphans)
+            given[key.name] = msgspec.structs.replace(ticket, key=key.text, orphan=key.name in orphans)
             kept.append(key)
         else:
             fresh.append(key)
@@ -138,7 +140,9 @@ def assign(
         if worker is None:
             # What follows is no more urgent.
             break
-        given[key.name] = Ticket(key.text, worker, now_ms, key.name in orphans)
+        before = previous.get(key.name)
+        again = key.name in stalled or (before is not None and before.stalled)
+        given[key.name] = Ticket(key.text, worker, now_ms, key.name in orphans, again)
     return Assignment([given[key.name] for key in segments if key.name in given], list(stalled))
 
 

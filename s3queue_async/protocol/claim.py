@@ -52,6 +52,8 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
         suspects: Indices that were unfinished when the first owner was lost; any of them may have been running.
         moves: Messages that left for another segment.
         failure_table: Failures that the moves refer to.
+        early: Whether the segment's writer made it beside the segment, before that was known to be there: such a claim
+            proves nothing of the segment, until another owner takes it.
     """
 
     nonce: str
@@ -66,6 +68,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     suspects: list[int] = []
     moves: list[Move] = []
     failure_table: list[Failure] = []
+    early: bool = False
 
     def isolated(self, index: Index) -> bool:
         """Whether messages must run alone, each start recorded before it happens."""
@@ -118,9 +121,9 @@ def decode(key: str, body: bytes) -> Claim:
         raise CorruptObject(key, f"the claim cannot be read ({error})") from error
 
 
-def fresh(segment: str, *, owner: str, now_ms: int, nonce: str) -> Claim:
+def fresh(segment: str, *, owner: str, now_ms: int, nonce: str, early: bool = False) -> Claim:
     """The first claim on a segment."""
-    return Claim(nonce=nonce, segment=segment, owner=owner, token=1, claimed_ms=now_ms)
+    return Claim(nonce=nonce, segment=segment, owner=owner, token=1, claimed_ms=now_ms, early=early)
 
 
 def take(claim: Claim, *, source: Index, owner: str, now_ms: int, nonce: str, crashed: bool) -> Claim:
@@ -134,7 +137,7 @@ def take(claim: Claim, *, source: Index, owner: str, now_ms: int, nonce: str, cr
         nonce: Fresh.
         crashed: Whether the owner may have been running messages: False when it had given the claim up or back.
     """
-    taken = _replace(claim, nonce=nonce, owner=owner, token=claim.token + 1, claimed_ms=now_ms)
+    taken = _replace(claim, nonce=nonce, owner=owner, token=claim.token + 1, claimed_ms=now_ms, early=False)
     if not crashed or claim.free:
         return taken
     suspects = claim.suspects

@@ -42,6 +42,7 @@ from tests.simulation.scenario import Scenario
 from tests.simulation.store import PROFILES, Faults, Profile
 
 FOREVER_S = 1e9
+FAR = Profile("far", read_s=0.5, write_s=0.5, list_s=0.5)
 
 Patch = pytest.MonkeyPatch
 
@@ -100,6 +101,32 @@ def failing(scenario: Scenario) -> list[Job]:
 def work(number: int, duration_s: float, kind: str = "ok") -> Callable[[Scenario], list[Job]]:
     """So many messages that take so long each."""
     return lambda scenario: [Job(n, kind, duration_s, 1) for n in range(number)]
+
+
+RACING: dict[str, Any] = {
+    "coordinator": False,
+    "segment_messages_max": 1,
+    "segment_age": 2.0,
+    "claim_linger": 4.0,
+    "poll_interval": 0.2,
+    "max_poll_interval": 0.5,
+}
+"""Workers look often, nobody tells them who takes what, and claims go as soon as they may."""
+
+LONG_CUTS = more(
+    calm=True,
+    deeds={"cut": 12},
+    profile="minio",
+    jobs=work(3, 40.0),
+    settings={
+        "visibility_timeout": 6.0,
+        "heartbeat_interval": 2.0,
+        "poll_interval": 0.1,
+        "max_poll_interval": 0.1,
+    },
+    fields={"workers": 4, "concurrency": 1, "deeds_within_s": 60.0},
+)
+"""Workers in the middle of long work do not reach the store for longer than their lease."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +202,24 @@ def conflict_is_no_verdict(patch: Patch) -> None:
     patch.setattr(shared, "swap", hasty)
 
 
-@ablation("A claim's holder that finds its own earlier, unanswered write goes on from there")
+@ablation(
+    "A claim's holder that finds its own earlier, unanswered write goes on from there",
+    focus=more(
+        calm=True,
+        outages=16,
+        partitions=("claims/",),
+        jobs=work(24, 2.0, "fails"),
+        settings={
+            "coordinator": False,
+            "visibility_timeout": 6.0,
+            "heartbeat_interval": 2.0,
+            "segment_messages_max": 4,
+            "checkpoint_interval": 0.5,
+            "split_after": None,
+        },
+        fields={"workers": 2},
+    ),
+)
 def own_claim_adoption(patch: Patch) -> None:
     async def swap_once(self: Any, held: Any, change: Any) -> None:
         self._lease.check()
@@ -204,7 +248,16 @@ def claim_linger(patch: Patch) -> None:
     patch.setattr(session, "LINGER_SWEEP_S", 0.05)
 
 
-@ablation("A claim whose reply came late is good only after another look at the segment")
+@ablation(
+    "A claim whose reply came late is good only after another look at the segment",
+    focus=more(
+        calm=True,
+        slow=0.3,
+        jobs=work(40, 0.0),
+        settings=RACING,
+        fields={"workers": 4},
+    ),
+)
 def second_look(patch: Patch) -> None:
     patch.setattr(Settings, "claim_trust", property(lambda self: FOREVER_S))
 
@@ -216,7 +269,7 @@ def void_rule(patch: Patch) -> None:
 
 @ablation(
     "Void segments are left to their writer for a while",
-    focus=more(profile="r2", settings={"coordinator": False}, fields={"workers": 4}),
+    focus=more(profile="r2", late=0.2, jobs=work(40, 0.1), settings=RACING, fields={"workers": 4}),
 )
 def void_left_to_its_writer(patch: Patch) -> None:
     async def at_once(self: Any, key: SegmentKey, modified_s: float) -> None:
@@ -263,7 +316,16 @@ def parent_check(patch: Patch) -> None:
 
 
 @ablation(
-    "A claim is given back only if it is still one's own", focus=more(deeds={"terminate": 6, "crash": 6}, late=0.1)
+    "A claim is given back only if it is still one's own",
+    focus=more(
+        calm=True,
+        deeds={"terminate": 12},
+        repeated=0.5,
+        profile=FAR,
+        jobs=work(60, 3.0),
+        settings={"coordinator": False, "segment_messages_max": 4, "split_after": None},
+        fields={"workers": 4, "concurrency": 8, "conditional_delete": True, "deeds_within_s": 20.0},
+    ),
 )
 def conditional_give_back(patch: Patch) -> None:
     async def delete(self: Any, held: Any) -> None:
@@ -312,9 +374,19 @@ def due_times(patch: Patch) -> None:
 
 
 @ablation(
-    "A claim lingers by the store's time, too, not by the local clock alone", focus=more(deeds={"jump": 8}, late=0.1)
+    "A claim lingers by the store's time, too, not by the local clock alone",
+    focus=more(
+        calm=True,
+        deeds={"jump": 60},
+        slow=0.2,
+        profile=FAR,
+        jobs=work(60, 0.0),
+        settings=RACING,
+        fields={"workers": 4, "deeds_within_s": 40.0},
+    ),
 )
 def linger_by_store_time(patch: Patch) -> None:
+    patch.setattr(session, "LINGER_SWEEP_S", 0.05)
     patch.setattr(settler.Settler, "_is_over", lambda self, item: item.until <= self._shared.clock.monotonic())
 
 
@@ -334,7 +406,7 @@ def fencing(patch: Patch) -> None:
     patch.setattr(registry.Registry, "_fence", over)
 
 
-@ablation("A worker stops by its own clock when its lease was not renewed", focus=more(deeds={"cut": 6, "pause": 6}))
+@ablation("A worker stops by its own clock when its lease was not renewed", focus=LONG_CUTS)
 def trust_window(patch: Patch) -> None:
     original = registry.Lease._beat
 
@@ -348,20 +420,7 @@ def trust_window(patch: Patch) -> None:
 
 
 @ablation(
-    "A margin lies between the end of a worker's trust and the moment from which others take over",
-    focus=more(
-        calm=True,
-        deeds={"cut": 12},
-        profile="minio",
-        jobs=work(3, 40.0),
-        settings={
-            "visibility_timeout": 6.0,
-            "heartbeat_interval": 2.0,
-            "poll_interval": 0.1,
-            "max_poll_interval": 0.1,
-        },
-        fields={"workers": 4, "concurrency": 1, "deeds_within_s": 60.0},
-    ),
+    "A margin lies between the end of a worker's trust and the moment from which others take over", focus=LONG_CUTS
 )
 def lease_margin(patch: Patch) -> None:
     patch.setattr(Settings, "lease_margin", property(lambda self: 0.0))
@@ -424,7 +483,7 @@ def heartbeat_dates(patch: Patch) -> None:
         deeds={"jump": 40},
         jobs=work(20, 20.0),
         settings={"visibility_timeout": 6.0, "heartbeat_interval": 2.0},
-        profile=Profile("far", 0.5, 0.5, 0.5),
+        profile=FAR,
         fields={"workers": 4},
         calm=True,
     ),
@@ -542,7 +601,14 @@ def moves_before_delete(patch: Patch) -> None:
 
 @ablation(
     "When a settled segment is gone, all that moved out of it was written",
-    focus=more(deeds={"pause": 8, "crash": 8}, jobs=failing, late=0.4),
+    focus=more(
+        deeds={"pause": 8, "crash": 8},
+        jobs=failing,
+        late=0.4,
+        slow=0.2,
+        settings={**RACING, "visibility_timeout": 6.0, "heartbeat_interval": 2.0, "backoff_base": 0.2},
+        fields={"workers": 4},
+    ),
 )
 def gone_means_moved(patch: Patch) -> None:
     async def never(*args: Any) -> bool:
@@ -616,7 +682,20 @@ def one_settlement_at_a_time(patch: Patch) -> None:
 # -- late copies ---------------------------------------------------------------------------------------------------
 
 
-@ablation("A heartbeat names ended segments that a late write may bring back", focus=more(repeated=0.4))
+REVIVED: dict[str, Any] = {**RACING, "segment_age": 5.0, "claim_linger": 7.0}
+"""As ``RACING``, with segments that may come back for long, and their claims gone soon after that."""
+
+
+@ablation(
+    "A heartbeat names ended segments that a late write may bring back",
+    focus=more(
+        calm=True,
+        repeated=0.5,
+        jobs=work(40, 0.0),
+        settings={**REVIVED, "claim_linger": 10.0, "visibility_timeout": 6.0, "heartbeat_interval": 1.0},
+        fields={"workers": 4},
+    ),
+)
 def names_of_ended_segments(patch: Patch) -> None:
     patch.setattr(settler.Settler, "revivable", lambda self: [])
 
@@ -635,7 +714,13 @@ def second_delete(patch: Patch) -> None:
 
 @ablation(
     "The claim of a young segment says that its moves are written before the segment goes",
-    focus=more(deeds={"crash": 8}, repeated=0.5, jobs=failing),
+    focus=more(
+        deeds={"crash": 8},
+        repeated=0.5,
+        jobs=failing,
+        settings={**REVIVED, "visibility_timeout": 10.0, "heartbeat_interval": 3.0, "backoff_base": 0.2},
+        fields={"workers": 3, "deeds_within_s": 20.0},
+    ),
 )
 def applied_before_delete(patch: Patch) -> None:
     original = settler.Settler._record_applied
@@ -653,7 +738,15 @@ def memory_of_the_ended(patch: Patch) -> None:
 
 
 @ablation(
-    "A worker that leaves says of the young segments that it ended that they are finished", focus=more(repeated=0.4)
+    "A worker that leaves says of the young segments that it ended that they are finished",
+    focus=more(
+        calm=True,
+        deeds={"terminate": 12},
+        repeated=0.5,
+        jobs=work(40, 0.0),
+        settings=REVIVED,
+        fields={"workers": 4, "deeds_within_s": 20.0},
+    ),
 )
 def disowned_segments(patch: Patch) -> None:
     patch.setattr(settler.Settler, "disown_ended", _nothing)
@@ -711,7 +804,32 @@ def claim_shows_the_write(patch: Patch) -> None:
     patch.setattr(writing, "look", blind)
 
 
-@ablation("That a segment was not written is certain only once it is too old to land")
+@ablation(
+    "A claim that the writer itself made beside its segment does not prove that the segment was written",
+    focus=more(
+        calm=True,
+        deeds={"crash": 12},
+        lost_request=0.3,
+        jobs=work(24, 3.0),
+        settings={"segment_messages_max": 4, "coordinator": False},
+        fields={"producers_work": True, "workers": 1, "deeds_within_s": 20.0},
+    ),
+)
+def early_claims_prove_nothing(patch: Patch) -> None:
+    async def any_claim(shared_: Any, key: SegmentKey) -> bool:
+        try:
+            await shared_.storage.get(key.claim)
+        except NotFound:
+            return False
+        return True
+
+    patch.setattr(writing, "_is_claimed", any_claim)
+
+
+@ablation(
+    "That a segment was not written is certain only once it is too old to land",
+    focus=more(calm=True, late=0.3, jobs=work(24, 1.0), settings={"segment_age": 15.0, "claim_linger": 40.0}),
+)
 def old_enough_to_decide(patch: Patch) -> None:
     original = writing.look
 
@@ -777,7 +895,10 @@ def swept_workers(patch: Patch) -> None:
     patch.setattr(recovery.Recovery, "_sweep_workers", _nothing)
 
 
-@ablation("The sweep remembers a claim that it deletes only as long as the deletion takes", focus=more(late=0.2))
+@ablation(
+    "The sweep remembers a claim that it deletes only as long as the deletion takes",
+    focus=more(deeds={"crash": 12}, late=0.4, settings=RACING, fields={"workers": 2}),
+)
 def forgetful_sweep(patch: Patch) -> None:
     original = recovery.Recovery._look_at_claim
 

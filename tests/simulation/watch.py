@@ -67,14 +67,17 @@ class Watch:
             self._priorities(key)
 
     def _heartbeat(self, key: str) -> None:
+        worker_id = key.removeprefix(HEARTBEATS)
+        if worker_id in self._fenced:
+            # Final: what lands later is a repeated request, and nobody's lease.
+            return
         now = self._store.world.time()
         found = self._store.objects.get(key)
         leased_until = self._leased_until.pop(key, None)
         if found is not None and b'"state":"fenced"' not in found.body:
             self._leased_until[key] = now + float(msgspec.json.decode(found.body)["ttl_s"])
             return
-        worker_id = key.removeprefix(HEARTBEATS)
-        self._fenced.setdefault(worker_id, now)
+        self._fenced[worker_id] = now
         if found is not None and leased_until is not None and now < leased_until:
             self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
 

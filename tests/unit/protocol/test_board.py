@@ -117,7 +117,7 @@ def test_a_stalled_ticket_goes_to_another_worker() -> None:
     assert run([key], rooms, previous, now_ms=NOW_MS + TTL_MS - 1).tickets[0].worker == "slow"
     later = run([key], rooms, previous, now_ms=NOW_MS + TTL_MS)
     assert later.stalled == [key.name]
-    assert later.tickets == [Ticket(key.text, "other", NOW_MS + TTL_MS)]
+    assert later.tickets == [Ticket(key.text, "other", NOW_MS + TTL_MS, stalled=True)]
     assert run([key], {"slow": 1}, previous, now_ms=NOW_MS + TTL_MS).tickets[0].worker == "slow"
 
 
