@@ -7,7 +7,7 @@ is a compare-and-swap; until then it believed something wrong, and nothing came 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import anyio
 import msgspec
@@ -38,10 +38,11 @@ class Election:
         stands: Whether it stands for election.
     """
 
-    def __init__(self, shared: Shared, worker_id: str, *, stands: bool) -> None:
+    def __init__(self, shared: Shared, worker_id: str, *, stands: bool, on_demoted: Callable[[], None]) -> None:
         self._shared = shared
         self._worker_id = worker_id
         self._stands = stands
+        self._on_demoted = on_demoted
         self._store = _Watched(shared.storage, layout.COORDINATOR)
         self.board: Board | None = None
         self._version: str | None = None
@@ -256,6 +257,7 @@ class Election:
         log.info("coordinator no more", worker=self._worker_id, term=self.term, reason=reason)
         self._shared.bus.emit(CoordinatorDemoted(worker_id=self._worker_id, term=self.term, reason=reason))
         self._changed.set()
+        self._on_demoted()
 
     async def hand_over(self) -> None:
         """Resign in favour of any other worker, as the term has lasted long enough."""

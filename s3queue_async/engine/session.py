@@ -79,7 +79,9 @@ class Session:
         self.registry = Registry(shared)
         self.lease = Lease(shared, self.registry, worker_id, self._vitals)
         self.settler = Settler(shared, self.lease, on_end=self._on_end)
-        self.election = Election(shared, worker_id, stands=shared.settings.coordinator)
+        self.election = Election(
+            shared, worker_id, stands=shared.settings.coordinator, on_demoted=self._look_like_the_others
+        )
         self.scanner = Scanner(shared)
         self.finder = Finder(
             shared,
@@ -300,8 +302,13 @@ class Session:
     def _capacity_now(self) -> int:
         return 0 if self._draining else max(self.capacity, self.wanted_by_receivers)
 
+    def _look_like_the_others(self) -> None:
+        """The coordinator here does not tell its worker any more (found by simulation: it waited for that)."""
+        self.claimer.notice()
+
     def _take_tickets(self, tickets: list[Ticket]) -> None:
-        if self.finder.notice_tickets(tickets):
+        # Who has just become the only worker waits for nobody's tickets any more.
+        if self.finder.notice_tickets(tickets) or self.coordinator.active_workers == 1:
             self.claimer.poke()
 
     # -- starting ------------------------------------------------------------------------------------------------

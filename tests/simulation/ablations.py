@@ -523,6 +523,26 @@ def due_before_ticket(patch: Patch) -> None:
     patch.setattr(finder.Finder, "_is_claimable", lambda self, key: key.place is not Place.DEAD)
 
 
+@ablation(
+    "A more urgent ticket that its worker leaves unused comes before one's own",
+    focus=more(
+        calm=True,
+        jobs=work(40, 4.0),
+        settings={"coordinator": True, "ticket_ttl": 3.0, "segment_messages_max": 1, "max_poll_interval": 2.0},
+        fields={"workers": 2, "concurrency": 1, "hints": {"tickets mixed up": 4}},
+    ),
+)
+def urgent_before_own(patch: Patch) -> None:
+    original = finder.Finder._by_tickets
+
+    def own_first(self: Any) -> Any:
+        tickets = self._tickets if self._election.leading else self._election.board.tickets
+        own = (ticket for ticket in tickets if ticket.worker == self._lease.worker_id)
+        return self._candidates(own, self._shared.clock.monotonic()) or original(self)
+
+    patch.setattr(finder.Finder, "_by_tickets", own_first)
+
+
 # -- settlements ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -278,6 +279,56 @@ async def test_tickets_of_all_kinds_of_nonsense() -> None:
         await workers.changed.count(2)
         group.cancel_scope.cancel()
     assert dict(workers.handled) == {"now": 1, "later": 1}
+
+
+@virtual
+async def test_a_coordinator_whose_term_is_over_works_on() -> None:
+    """After it handed over, its own worker looks at the board like the others: two messages run at two workers."""
+    bed = Bed(latency_s=0.01)
+    started = Seen()
+
+    async def handle(payload: int, context: Context) -> None:
+        started((context.worker_id, anyio.current_time()))
+        await anyio.sleep(20)
+
+    settings = Settings(term_duration=12, election_interval=1, segment_messages_max=1)
+    demoted = Seen()
+    async with bed.queue() as producer, contextlib.AsyncExitStack() as stack:
+        for _ in range(2):
+            queue = await stack.enter_async_context(bed.queue(settings=settings))
+            queue.on("coordinator.demoted", demoted)
+            await queue.start_processing(handle, concurrency=1)
+        await demoted.count(1)
+        await anyio.sleep(3)
+        enqueued_at = anyio.current_time()
+        await producer.enqueue(0)
+        await producer.enqueue(1)
+        await started.count(2)
+        assert len({worker for worker, _ in started.items}) == 2
+        assert max(at for _, at in started.items) - enqueued_at < settings.max_poll_interval + 2
+
+
+@virtual
+async def test_who_is_left_alone_works_on() -> None:
+    """The other worker leaves; the coordinator's own one looks for itself then, without waiting for tickets."""
+    bed = Bed(latency_s=0.01)
+    workers = Workers(bed, Settings(), 1)
+    async with bed.queue() as producer, anyio.create_task_group() as group:
+        await group.start(workers.run)
+        await workers.elected()
+        async with bed.queue(settings=Settings(coordinator=False), on_message=print):
+            await anyio.sleep(60)
+        left_at = anyio.current_time()
+        await producer.enqueue("one")
+        await workers.changed.count(1)
+        # One look at the heartbeats later at most.
+        assert anyio.current_time() - left_at < 15 + 5
+        await anyio.sleep(60)
+        enqueued_at = anyio.current_time()
+        await producer.enqueue("two")
+        await workers.changed.count(2)
+        assert anyio.current_time() - enqueued_at < 5.5
+        group.cancel_scope.cancel()
 
 
 @virtual
