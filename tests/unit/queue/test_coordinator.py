@@ -305,7 +305,8 @@ async def test_a_coordinator_whose_term_is_over_works_on() -> None:
         await producer.enqueue(1)
         await started.count(2)
         assert len({worker for worker, _ in started.items}) == 2
-        assert max(at for _, at in started.items) - enqueued_at < settings.max_poll_interval + 2
+        # On a queue at rest the coordinator looks that rarely, and so does the other worker.
+        assert max(at for _, at in started.items) - enqueued_at < 2 * settings.max_poll_interval + 1
 
 
 @virtual
