@@ -21,7 +21,6 @@ from s3queue_async.engine import (
     producer,
     recovery,
     registry,
-    scanner,
     session,
     settler,
     shared,
@@ -268,17 +267,6 @@ def void_rule(patch: Patch) -> None:
 
 
 @ablation(
-    "Void segments are left to their writer for a while",
-    focus=more(profile="r2", late=0.2, jobs=work(40, 0.1), settings=RACING, fields={"workers": 4}),
-)
-def void_left_to_its_writer(patch: Patch) -> None:
-    async def at_once(self: Any, key: SegmentKey, modified_s: float) -> None:
-        await self.clear_void(key)
-
-    patch.setattr(scanner.Scanner, "_clear_left_void", at_once)
-
-
-@ablation(
     "The markers of a batch rest before they name another segment",
     focus=more(
         profile="r2", jobs=work(40, 0.1), settings={"segment_age": 2.0, "claim_linger": 4.0}, late=0.1, throttled=0.05
@@ -378,11 +366,11 @@ def due_times(patch: Patch) -> None:
     focus=more(
         calm=True,
         deeds={"jump": 60},
-        slow=0.2,
+        slow=0.4,
         profile=FAR,
         jobs=work(60, 0.0),
-        settings=RACING,
-        fields={"workers": 4, "deeds_within_s": 40.0},
+        settings={**RACING, "visibility_timeout": 20.0, "heartbeat_interval": 5.0},
+        fields={"workers": 4, "deeds_within_s": 40.0, "jump_s": 3.0},
     ),
 )
 def linger_by_store_time(patch: Patch) -> None:
@@ -582,8 +570,9 @@ def applied_moves(patch: Patch) -> None:
             "split_after": None,
         },
         fields={"concurrency": 1, "workers": 2},
-        outages=16,
-        partitions=("delayed/", "claims/", "claims/"),
+        outages=24,
+        deeds={"crash": 8},
+        partitions=("delayed/", "claims/", "ready/"),
         calm=True,
     ),
 )
@@ -622,10 +611,10 @@ def moves_before_delete(patch: Patch) -> None:
 @ablation(
     "When a settled segment is gone, all that moved out of it was written",
     focus=more(
-        deeds={"pause": 8, "crash": 8},
-        jobs=failing,
+        deeds={"crash": 16},
+        jobs=work(24, 3.5, "fails"),
         late=0.4,
-        slow=0.2,
+        slow=0.3,
         settings={**RACING, "visibility_timeout": 6.0, "heartbeat_interval": 2.0, "backoff_base": 0.2},
         fields={"workers": 4},
     ),
@@ -933,11 +922,6 @@ def forgetful_sweep(patch: Patch) -> None:
 @ablation("The probe waits for a store that allows one write a second to one key", focus=more(profile="r2"))
 def patient_probe(patch: Patch) -> None:
     patch.setattr(probe, "_THROTTLED_TRIES", 0)
-
-
-@ablation("A complaint about a key that was just written slows down nothing else", focus=more(profile="r2"))
-def complaints_about_one_key(patch: Patch) -> None:
-    patch.setattr(throttle.ThrottledStorage, "_is_rewrite", lambda self, key, now_s: False)
 
 
 @ablation("Heartbeats do not wait while the store throttles", focus=more(throttled=0.2))

@@ -37,6 +37,7 @@ class Scenario:
     concurrency: int
     conditional_delete: bool
     is_new: bool
+    jump_s: float | None = None
 
     @property
     def faultless(self) -> bool:

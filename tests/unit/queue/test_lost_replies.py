@@ -10,7 +10,11 @@ import anyio
 import pytest
 
 from s3queue_async import Context, Settings
-from tests.unit.queue.bed import QUIET, Bed, Seen, virtual
+from s3queue_async.protocol import layout
+from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.testing.clock import store_now
+from tests.unit.queue.bed import QUIET, Bed, Seen, eventually, virtual
 
 
 class Once:
@@ -84,6 +88,29 @@ async def test_many_at_random(seed: int) -> None:
         await anyio.sleep(120)
     assert len(once.ended) == 50
     assert set(once.ended.values()) == {1}
+    assert await bed.leftovers() == []
+
+
+@virtual
+async def test_a_void_segment_is_left_to_its_writer_at_first() -> None:
+    """Workers that list a void segment delete it only once its writer has had ``segment_age`` to do so itself."""
+    bed = Bed(latency_s=0.01)
+    await bed.open()
+    async with bed.queue(on_message=print), bed.queue(on_message=print):
+        key = SegmentKey(Place.READY, layout.ulid(int(1000 * (store_now() - 60)), 7), 1, 0)
+        record = segments.Record(layout.message_id(key.ulid, 0, 0), 0, 1)
+        await bed.memory.put(key.text, segments.encode(segments.Index([record], 0), [b"x"]))
+        landed_at = anyio.current_time()
+        age_s = QUIET.segment_age
+        await anyio.sleep(age_s - 1)
+        assert bed.store.count(under=layout.READY)["delete"] == 0
+        assert await bed.keys(layout.READY) == [key.text]
+
+        async def gone() -> bool:
+            return not await bed.keys(layout.READY)
+
+        await eventually(gone)
+        assert anyio.current_time() - landed_at < age_s + QUIET.max_poll_interval + 2
     assert await bed.leftovers() == []
 
 

@@ -166,6 +166,23 @@ async def test_a_complaint_about_one_key_slows_down_nothing_else(memory: MemoryS
     assert math.isinf(storage.rates()["writes"])
 
 
+async def test_complaints_about_keys_just_written_slow_down_nothing_else(
+    memory: MemoryStorage, faulty: FaultyStorage
+) -> None:
+    """Such a store complains about several keys, each of which this client wrote a moment ago: nothing else waits."""
+    clock = SteppingClock()
+    storage = ThrottledStorage(faulty, clock=clock)
+    for key in ("k", "l", "m"):
+        await storage.put(key, b"1")
+    faulty.throttle("put", times=3)
+    for key in ("k", "l", "m"):
+        with pytest.raises(Throttled):
+            await storage.put(key, b"2")
+    assert math.isinf(storage.rates()["writes"])
+    await storage.put("n", b"")
+    assert clock.slept == []
+
+
 async def test_urgent_requests_neither_wait_nor_complain(memory: MemoryStorage, faulty: FaultyStorage) -> None:
     """What goes out without regard to the rate says nothing about it."""
     clock = SteppingClock()
