@@ -13,7 +13,7 @@ from s3queue_async.engine.session import Session
 from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
-from s3queue_async.errors import CorruptObject
+from s3queue_async.errors import CorruptObject, Unreadable
 from s3queue_async.log import log
 from s3queue_async.message import (
     CompletedMessage,
@@ -218,7 +218,8 @@ class Inspector:
             state = await self._state_in(first, index)
             if state is not None:
                 return state
-        found = await self._find(message_id, ulid)
+        unread: list[Unreadable] = []
+        found = await self._find(message_id, ulid, unread)
         if found is not None:
             state = await self._state_in(*found)
             if state is not None:
@@ -231,6 +232,9 @@ class Inspector:
             claim = await self._claim(page.entries[0].key)
             if claim is not None and not any(index in move.indices for move in claim.moves):
                 return MessageStatus.COMPLETED
+        if unread:
+            # It may be in there: to say that it is unknown would be wrong.
+            raise unread[0]
         return MessageStatus.UNKNOWN
 
     async def _state_in(self, key: SegmentKey, index: int) -> MessageStatus | None:
@@ -260,8 +264,8 @@ class Inspector:
         table = await self._index(key)
         return None if table is None or index >= len(table.records) else table.records[index]
 
-    async def _find(self, message_id: str, ulid: str) -> tuple[SegmentKey, int] | None:
-        """Search every segment that the message may have moved to."""
+    async def _find(self, message_id: str, ulid: str, unread: list[Unreadable]) -> tuple[SegmentKey, int] | None:
+        """Search every segment that the message may have moved to; those that cannot be read here go into ``unread``."""
         found: list[tuple[SegmentKey, int]] = []
         # Whoever moved it may have seen an earlier time than its producer did.
         earliest_ms = layout.ulid_time_ms(ulid) - self._shared.settings.lease_margin * 1000
@@ -274,7 +278,11 @@ class Inspector:
                     candidates.append(key)
 
             async def look(key: SegmentKey) -> None:
-                table = None if found else await self._index(key)
+                try:
+                    table = None if found else await self._index(key)
+                except Unreadable as error:
+                    unread.append(error)
+                    return
                 if table is not None:
                     for index, record in enumerate(table.records):
                         if record.id == message_id:
@@ -362,8 +370,9 @@ class Inspector:
         except NotFound:
             return []
         assert isinstance(stored, Stored)
+        records = self._shared.packer.unpack_history(key, stored.body)
         try:
-            return _history_decoder.decode(stored.body)
+            return _history_decoder.decode(records)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise CorruptObject(key, f"the history cannot be read ({error})") from error
 
@@ -433,27 +442,29 @@ class Inspector:
             return Claim(nonce="", segment="", owner="unknown", token=0, claimed_ms=0)
 
     async def _index(self, key: SegmentKey) -> segments.Index | None:
+        """A segment's index; None when it is gone or damaged. Raises Unreadable when others may be able to read it."""
         try:
             stored = await self._shared.storage.get(key.text, span=(0, segments.INDEX_GUESS_BYTES))
             assert isinstance(stored, Stored)
-            end = segments.index_end(key.text, stored.body)
+            end = self._shared.packer.index_end(key.text, stored.body)
             if end > len(stored.body):
                 stored = await self._shared.storage.get(key.text, span=(0, end))
                 assert isinstance(stored, Stored)
-            return segments.decode_index(key.text, stored.body)
+            return self._shared.packer.unpack_index(key.text, stored.body)
         except NotFound:
             return None
         except CorruptObject as error:
             return self._unreadable(error)
 
     async def _segment(self, key: SegmentKey) -> Segment | None:
+        """A segment; None when it is gone or damaged. Raises Unreadable when others may be able to read it."""
         try:
             stored = await self._shared.storage.get(key.text)
         except NotFound:
             return None
         assert isinstance(stored, Stored)
         try:
-            return segments.decode(key.text, stored.body)
+            return await self._shared.packer.unpack(key.text, stored.body)
         except CorruptObject as error:
             return self._unreadable(error)
 

@@ -401,9 +401,8 @@ class Producer:
             index = segments.Index(_records(batch.entries, enqueued_ms), batch.priority)
             payloads = [entry.payload for entry in batch.entries]
             sent_at = shared.clock.monotonic()
-            fate = await put_segment(
-                shared, key, segments.encode(index, payloads), give_up=give_up, may_run_at_once=True
-            )
+            segment = segments.Segment(index, payloads)
+            fate = await put_segment(shared, key, segment, give_up=give_up, may_run_at_once=True)
             if fate is Fate.WRITTEN:
                 self._pace.in_time()
                 break

@@ -52,6 +52,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
         suspects: Indices that were unfinished when the first owner was lost; any of them may have been running.
         moves: Messages that left for another segment.
         failure_table: Failures that the moves refer to.
+        sealed_failures: The same, encrypted, as it is stored by a queue with a keyring; ``failure_table`` is empty then.
     """
 
     nonce: str
@@ -66,6 +67,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     suspects: list[int] = []
     moves: list[Move] = []
     failure_table: list[Failure] = []
+    sealed_failures: bytes = b""
 
     def isolated(self, index: Index) -> bool:
         """Whether messages must run alone, each start recorded before it happens."""

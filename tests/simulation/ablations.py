@@ -666,12 +666,12 @@ def disowned_segments(patch: Patch) -> None:
 def durable_before_acknowledged(patch: Patch) -> None:
     original = writing.put_segment
 
-    async def hopeful(shared_: Any, key: Any, body: bytes, **options: Any) -> writing.Fate:
+    async def hopeful(shared_: Any, key: Any, segment: Any, **options: Any) -> writing.Fate:
         def give_up(error: BaseException) -> None:
             raise error
 
         try:
-            return await original(shared_, key, body, **{**options, "give_up": give_up})
+            return await original(shared_, key, segment, **{**options, "give_up": give_up})
         except Exception:  # noqa: BLE001 - to take any failure for a success is the point here
             return writing.Fate.WRITTEN
 
