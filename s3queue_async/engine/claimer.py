@@ -369,8 +369,11 @@ class Claimer:
             return
 
     def _leave_alone(self, key: SegmentKey, error: NewerFormat | Unreadable) -> None:
-        """Another process may read what this one cannot: say so once, and look again when a minute is over."""
-        self._scanner.report(key.text, error.reason)
+        """Another process may read what this one cannot: say so, and look again when a minute is over."""
+        if isinstance(error, NewerFormat):
+            self._scanner.report(key.text, error.reason)
+        else:
+            self._scanner.report_unreadable(error)
         self._finder.block(key.name, REFUSED_AGAIN_S)
         self._wary_until = self._shared.clock.monotonic() + 2 * REFUSED_AGAIN_S
 

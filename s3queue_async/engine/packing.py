@@ -91,7 +91,6 @@ class _Work(msgspec.Struct, frozen=True):
     body: bytes
     before: int
     ratio: float | None
-    seconds: float
 
 
 class Packer:
@@ -101,13 +100,13 @@ class Packer:
         compression: "zstd", or None.
         keyring: The keys; None: nothing is encrypted.
         payload_bytes_max: The most that a segment's payloads may have once they are decompressed.
-        monotonic: Local time, to measure what it takes.
+        monotonic: Local time, to measure what it takes; called in the event loop only.
 
     Attributes:
         queue: The nonce of ``queue.json``, to which ciphertexts are bound; set as the queue is opened.
         bytes_before: Of all segments that were packed, as they would be without compression and encryption.
         bytes_stored: Of the same segments, as they were stored.
-        seconds: Spent on compression and encryption, both ways.
+        seconds: Spent on the compression and encryption of segments, both ways.
 
     Raises:
         InvalidSettings: The package for compression is not installed.
@@ -145,6 +144,7 @@ class Packer:
         """The bytes of a segment that is to be stored under this key."""
         if self._keyring is None and not self._compresses:
             return segments.encode(segment.index, segment.payloads)
+        began = self._monotonic()
         size = sum(record.length for record in segment.index.records)
         compress = self._compresses and self._worth.decide(segment.payloads, size)
         if size < THREAD_FROM_BYTES or not (compress or self._keyring):
@@ -153,7 +153,7 @@ class Packer:
             work = await anyio.to_thread.run_sync(self._pack, key, segment, compress)
         if work.ratio is not None:
             self._worth.learn(work.ratio)
-        self.seconds += work.seconds
+        self.seconds += self._monotonic() - began
         self.bytes_before += work.before
         self.bytes_stored += len(work.body)
         return work.body
@@ -218,7 +218,6 @@ class Packer:
             return False
 
     def _pack(self, key: str, segment: Segment, compress: bool) -> _Work:
-        began = self._monotonic()
         index, payloads = segments.encode_index(segment.index), b"".join(segment.payloads)
         before = segments.HEAD.size + len(index) + len(payloads)
         flags = Flag(0)
@@ -236,7 +235,7 @@ class Packer:
             body = segments.encode(segment.index, segment.payloads)
         else:
             body = self._wrap(Kind.SEGMENT, key, flags, index, payloads)
-        return _Work(body, before, ratio, self._monotonic() - began)
+        return _Work(body, before, ratio)
 
     def _unpack(self, key: str, body: bytes) -> Segment:
         wrapped = wrapping.unwrap(key, body)

@@ -659,6 +659,17 @@ def disowned_segments(patch: Patch) -> None:
     patch.setattr(settler.Settler, "disown_ended", _nothing)
 
 
+@ablation(
+    "Who writes a move that another worker wrote before knows it by its messages: encrypted, its bytes are others",
+    focus=more(deeds={"crash": 6}, jobs=failing, fields={"encrypted": True}, lost_reply=0.1),
+)
+def same_messages_other_bytes(patch: Patch) -> None:
+    async def by_bytes(*args: Any) -> bool:
+        return False
+
+    patch.setattr(writing, "_is_the_same", by_bytes)
+
+
 # -- enqueue and deduplication -------------------------------------------------------------------------------------
 
 

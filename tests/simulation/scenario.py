@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from s3queue_async import Settings
@@ -37,6 +37,8 @@ class Scenario:
     concurrency: int
     conditional_delete: bool
     is_new: bool
+    encrypted: bool = field(default=False, repr=False)
+    """Every process encrypts, with one of two keys, and some compress: no two of them write the same bytes."""
 
     @property
     def faultless(self) -> bool:
