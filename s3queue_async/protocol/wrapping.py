@@ -34,7 +34,7 @@ class Flag(IntFlag):
     ENCRYPTED = 4
 
 
-KNOWN = Flag.INDEX_COMPRESSED | Flag.PAYLOADS_COMPRESSED | Flag.ENCRYPTED
+KNOWN = int(Flag.INDEX_COMPRESSED | Flag.PAYLOADS_COMPRESSED | Flag.ENCRYPTED)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -118,9 +118,7 @@ def peek(key: str, body: bytes) -> tuple[Flag, Envelope]:
     """
     _, version, flags, envelope_length, *_ = HEAD.unpack_from(body)
     if flags & ~KNOWN:
-        raise NewerFormat(
-            key, f"has format version {version}, flags {flags}; this library reads flags up to {KNOWN.value}"
-        )
+        raise NewerFormat(key, f"has format version {version}, flags {flags}; this library reads flags up to {KNOWN}")
     inner = body[HEAD.size + _CRC.size : HEAD.size + envelope_length]
     if len(inner) + _CRC.size != envelope_length:
         raise CorruptObject(key, "the head is damaged")
