@@ -27,7 +27,8 @@ class DeadLetters:
         """Up to ``limit`` dead letters, those that died first before the others.
 
         Raises:
-            Unreadable: Some cannot be read here: they are encrypted with a key that this process does not have, say.
+            Unreadable: None can be read here: they are encrypted with a key that this process does not have, say. Where
+                some can be, the others are logged.
         """
         return await self._inspector.dead_letters(whole_number("limit", limit, 1, LIST_LIMIT_MAX))
 

@@ -224,7 +224,7 @@ class Inspector:
             state = await self._state_in(*found)
             if state is not None:
                 return state
-        if await self._completed(message_id, ulid) is not None:
+        if await self._completed(message_id, ulid, unread) is not None:
             return MessageStatus.COMPLETED
         # The claim of an ended segment lingers for a while.
         page = await self._shared.storage.list(f"{layout.CLAIMS}{ulid}-", limit=1)
@@ -296,12 +296,21 @@ class Inspector:
     # -- dead letters --------------------------------------------------------------------------------------------
 
     async def dead_letters(self, limit: int) -> list[DeadMessage]:
-        """Up to ``limit`` dead letters, oldest segments first."""
+        """Up to ``limit`` dead letters, oldest segments first.
+
+        Raises:
+            Unreadable: There are some, and none can be read here. Where some can be, the others are logged.
+        """
         found: list[DeadMessage] = []
+        unread: list[Unreadable] = []
         async for key in self._each_key(layout.DEAD):
             if len(found) >= limit:
                 break
-            segment = await self._segment(key)
+            try:
+                segment = await self._segment(key)
+            except Unreadable as error:
+                unread.append(error)
+                continue
             claim = None if segment is None else await self._claim(key.claim)
             ended = set() if claim is None else claim.ended()
             if segment is not None:
@@ -310,6 +319,7 @@ class Inspector:
                     for i, (record, payload) in enumerate(zip(segment.index.records, segment.payloads, strict=True))
                     if i not in ended
                 ]
+        _require_some(found, unread)
         return found[:limit]
 
     def _dead_message(self, record: Record, body: bytes, priority: int) -> DeadMessage:
@@ -338,28 +348,43 @@ class Inspector:
     # -- history -------------------------------------------------------------------------------------------------
 
     async def history(self, limit: int) -> list[CompletedMessage]:
-        """Up to ``limit`` completed messages, newest first."""
+        """Up to ``limit`` completed messages, newest first; raises as ``dead_letters``."""
         keys = [entry.key async for entry in self._each(layout.HISTORY)]
         found: list[CompletedMessage] = []
+        unread: list[Unreadable] = []
         for key in reversed(keys):
             if len(found) >= limit:
                 break
-            found += [_completed(record) for record in reversed(await self._history(key))]
+            try:
+                records = await self._history(key)
+            except Unreadable as error:
+                unread.append(error)
+                continue
+            found += [_completed(record) for record in reversed(records)]
+        _require_some(found, unread)
         return found[:limit]
 
     async def result(self, message_id: str) -> CompletedMessage | None:
-        """A completed message's record, if the history has it."""
+        """A completed message's record, if the history has it; raises Unreadable when it may be where it cannot be read."""
         try:
             ulid, _, _ = layout.parse_message_id(message_id)
         except ValueError:
             return None
-        record = await self._completed(message_id, ulid)
+        unread: list[Unreadable] = []
+        record = await self._completed(message_id, ulid, unread)
+        if record is None and unread:
+            raise unread[0]
         return None if record is None else _completed(record)
 
-    async def _completed(self, message_id: str, ulid: str) -> HistoryRecord | None:
+    async def _completed(self, message_id: str, ulid: str, unread: list[Unreadable]) -> HistoryRecord | None:
         after = layout.history_key(layout.ulid_time_ms(ulid) - 1000, "")
         async for entry in self._each(layout.HISTORY, after=after):
-            for record in await self._history(entry.key):
+            try:
+                records = await self._history(entry.key)
+            except Unreadable as error:
+                unread.append(error)
+                continue
+            for record in records:
                 if record.id == message_id:
                     return record
         return None
@@ -507,6 +532,15 @@ def _decide(held: Held, chosen: set[int], *, redrive: bool) -> None:
             held.departing.append(Departing(index, 0, None, Place.READY))
         else:
             held.finished.append(index)
+
+
+def _require_some(found: Sequence[object], unread: Sequence[Unreadable]) -> None:
+    """Say what had to be left out; raise that when nothing else was found."""
+    if not unread:
+        return
+    if not found:
+        raise unread[0]
+    log.error("some cannot be read here, and are left out", count=len(unread), first=str(unread[0]))
 
 
 def _keys(entries: Iterable[Entry]) -> list[SegmentKey]:

@@ -5,12 +5,13 @@ Without a keyring and without compression, what is written is byte for byte what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import msgspec
 
+from s3queue_async.engine.worth import PAYS_BELOW, Worth, compressed, smaller
 from s3queue_async.errors import (
     CorruptObject,
     DecryptionFailed,
@@ -36,55 +37,6 @@ THREAD_FROM_BYTES = 512 * 1024
 INDEX_BYTES_MAX = 160 * 1024 * 1024
 """More than the index of 4,096 messages can have: headers, an id, a traceback and a name each."""
 PAYLOAD_BYTES_MAX = 4 * 1024 * 1024 * 1024
-
-COMPRESS_FROM_BYTES = 256
-PAYS_BELOW = 0.9
-"""Compression pays when it takes a tenth away."""
-SAMPLE_BYTES = 64 * 1024
-SAMPLE_EVERY = 16
-NEWS_PART = 0.2
-"""How much of what is expected of the next segment the last one says."""
-
-
-class Worth:
-    """Whether compressing payloads pays, as far as the last segments tell."""
-
-    def __init__(self) -> None:
-        self.expected: float | None = None
-        self._passed_over = 0
-
-    def decide(self, payloads: Sequence[bytes], size: int) -> bool:
-        """Whether to compress these. Where the last ones did not pay, only every 16th segment's sample is tried."""
-        if size < COMPRESS_FROM_BYTES:
-            return False
-        if self.expected is None or (self.expected > PAYS_BELOW and self._passed_over >= SAMPLE_EVERY):
-            sample = _sample(payloads)
-            self.learn(len(_compressed(sample)) / len(sample))
-            self._passed_over = 0
-        if self.expected is not None and self.expected <= PAYS_BELOW:
-            return True
-        self._passed_over += 1
-        return False
-
-    def learn(self, ratio: float) -> None:
-        """The size after compression over the one before."""
-        self.expected = ratio if self.expected is None else self.expected + NEWS_PART * (ratio - self.expected)
-
-
-def _sample(payloads: Sequence[bytes]) -> bytes:
-    first = next(payload for payload in payloads if payload)
-    if len(first) >= SAMPLE_BYTES:
-        # The beginning of a file often is unlike the rest.
-        start = (len(first) - SAMPLE_BYTES) // 2
-        return first[start : start + SAMPLE_BYTES]
-    taken: list[bytes] = []
-    size = 0
-    for payload in payloads:
-        taken.append(payload)
-        size += len(payload)
-        if size >= SAMPLE_BYTES:
-            break
-    return b"".join(taken)
 
 
 class _Work(msgspec.Struct, frozen=True):
@@ -122,12 +74,16 @@ class Packer:
     ) -> None:
         if compression is not None:
             try:
-                _compressed(b"")
+                compressed(b"")
             except ImportError as error:
                 raise InvalidSettings(
                     f"compression={compression!r} needs the extra 'zstd' ({error}).",
                     suggestion=f"{COMPRESSION_HINT}, here and for every worker of the queue.",
                 ) from error
+        if keyring is not None and not isinstance(keyring, Keyring):
+            raise InvalidSettings(
+                f"keyring must be a Keyring, not a {type(keyring).__name__}.", suggestion="Pass Keyring({id: key})."
+            )
         self._compresses = compression is not None
         self._keyring = keyring
         self._payload_bytes_max = payload_bytes_max
@@ -222,15 +178,15 @@ class Packer:
         before = segments.HEAD.size + len(index) + len(payloads)
         flags = Flag(0)
         ratio = None
-        if self._compresses and (smaller := _smaller(index)) is not None:
+        if self._compresses and (less := smaller(index)) is not None:
             flags |= Flag.INDEX_COMPRESSED
-            index = smaller
+            index = less
         if compress:
-            compressed = _compressed(payloads)
-            ratio = len(compressed) / len(payloads)
+            less = compressed(payloads)
+            ratio = len(less) / len(payloads)
             if ratio <= PAYS_BELOW:
                 flags |= Flag.PAYLOADS_COMPRESSED
-                payloads = compressed
+                payloads = less
         if self._keyring is None and not flags:
             body = segments.encode(segment.index, segment.payloads)
         else:
@@ -260,9 +216,11 @@ class Packer:
     def pack_history(self, key: str, records: bytes) -> bytes:
         """The bytes of a history that is to be stored under this key."""
         flags = Flag(0)
-        if self._compresses and len(records) <= INDEX_BYTES_MAX and (smaller := _smaller(records)) is not None:
+        # More than that a reader might not take.
+        less = smaller(records) if self._compresses and len(records) <= INDEX_BYTES_MAX else None
+        if less is not None:
             flags |= Flag.PAYLOADS_COMPRESSED
-            records = smaller
+            records = less
         if self._keyring is None and not flags:
             return records
         return self._wrap(Kind.HISTORY, key, flags, b"", records)
@@ -377,21 +335,6 @@ class Packer:
 
 _failures_encoder = msgspec.msgpack.Encoder()
 _failures_decoder = msgspec.msgpack.Decoder(list[Failure])
-
-
-def _compressed(data: bytes) -> bytes:
-    # Imported where it is used: it is optional, and costs time that a queue without compression need not spend.
-    from s3queue_async.compression import compress
-
-    return compress(data)
-
-
-def _smaller(data: bytes) -> bytes | None:
-    """The bytes compressed; None when that does not pay."""
-    if len(data) < COMPRESS_FROM_BYTES:
-        return None
-    compressed = _compressed(data)
-    return compressed if len(compressed) <= PAYS_BELOW * len(data) else None
 
 
 def _require_decompressor(key: str) -> None:

@@ -95,6 +95,14 @@ def test_a_queue_takes_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             S3Queue("memory://")
 
 
+def test_something_else_as_keyring() -> None:
+    """What is no keyring is refused when the queue is made, without showing it."""
+    wrong: Any = {"a": TEXT}
+    with pytest.raises(InvalidSettings, match="must be a Keyring, not a dict") as caught:
+        S3Queue("memory://", keyring=wrong)
+    assert TEXT not in str(caught.value)
+
+
 def test_no_text_shows_a_key() -> None:
     """repr and str name the ids only."""
     ring = Keyring({"a": RAW})

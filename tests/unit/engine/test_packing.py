@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3queue_async.compression import compress
-from s3queue_async.engine import packing
-from s3queue_async.engine.packing import Packer, Worth
+from s3queue_async.engine import packing, worth
+from s3queue_async.engine.packing import Packer
+from s3queue_async.engine.worth import Worth
 from s3queue_async.errors import (
     CorruptObject,
     DecryptionFailed,
@@ -376,14 +377,14 @@ class TestWorth:
             sizes.append(len(data))
             return compress(data)
 
-        monkeypatch.setattr(packing, "_compressed", counted)
-        worth = Worth()
+        monkeypatch.setattr(worth, "compressed", counted)
+        known = Worth()
         noise = [Random(1).randbytes(200_000)]
-        decisions = [worth.decide(noise, 200_000) for _ in range(160)]
+        decisions = [known.decide(noise, 200_000) for _ in range(160)]
         assert not any(decisions)
-        assert sizes == [packing.SAMPLE_BYTES] * 10
+        assert sizes == [worth.SAMPLE_BYTES] * 10
         text = [b"abc" * 100_000]
-        decisions = [worth.decide(text, 300_000) for _ in range(17)]
+        decisions = [known.decide(text, 300_000) for _ in range(17)]
         assert True in decisions
 
     def test_a_mixed_queue(self) -> None:
@@ -416,10 +417,10 @@ class TestThreads:
             used.append(threading.get_ident())
             return original(data)
 
-        monkeypatch.setattr(packing, "_smaller", lambda data: None)
+        monkeypatch.setattr(packing, "smaller", lambda data: None)
         made = packer("zstd", "old")
         made._worth.learn(0.1)
-        monkeypatch.setattr(packing, "_compressed", noted)
+        monkeypatch.setattr(packing, "compressed", noted)
         small, large = segment_of(b"x" * 1000), segment_of(b"x" * packing.THREAD_FROM_BYTES)
         for segment in (small, large):
             assert unpacked(made, packed(made, segment)) == segment

@@ -310,7 +310,7 @@ async def test_beside_a_worker_with_the_key() -> None:
         took_s = anyio.current_time() - began
     assert sorted(by["with"]) == sorted(f"new {number}" for number in range(50))
     assert by["without"] == []
-    assert took_s < 120
+    assert took_s < 20
 
 
 @pytest.mark.parametrize(("lacking", "kind", "text"), LACKS)
@@ -363,7 +363,7 @@ async def test_looking_without_the_key(lacking: Any, kind: type[Exception], text
 
 @virtual
 async def test_redrive_with_some_keys() -> None:
-    """What can be read is redriven; then the error says that some could not."""
+    """What can be read is listed and redriven; then the error says that some could not."""
     bed = Bed()
     dead = Seen()
 
@@ -376,6 +376,7 @@ async def test_redrive_with_some_keys() -> None:
             await queue.enqueue(ring.current)
             await dead.count(len(dead.items) + 1)
     async with bed.queue(keyring=old(), auto_start=False) as queue:
+        assert [letter.payload for letter in await queue.dead_letters.list()] == ["old"]
         with pytest.raises(KeyUnavailable, match="'lost'") as caught:
             await queue.dead_letters.redrive()
         assert caught.value.__notes__ == ["1 dead letters that could be read were dealt with."]
