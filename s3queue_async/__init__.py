@@ -3,14 +3,18 @@
 from s3queue_async.dead_letters import DeadLetters
 from s3queue_async.errors import (
     CorruptObject,
+    DecryptionFailed,
+    ExtraMissing,
     InvalidPayload,
     InvalidPriority,
     InvalidSettings,
     InvalidURL,
+    KeyUnavailable,
     LeaseLost,
     MessageNotFound,
     MessageTooLarge,
     NewerFormat,
+    PlaintextRefused,
     QueueClosed,
     QueueError,
     QueueFull,
@@ -18,9 +22,11 @@ from s3queue_async.errors import (
     StoreUnsupported,
     Throttled,
     UnknownSetting,
+    Unreadable,
 )
 from s3queue_async.events import Event, Latency, MetricsSnapshot
 from s3queue_async.figures import log_metrics
+from s3queue_async.keyring import Keyring
 from s3queue_async.message import (
     CompletedMessage,
     Context,
@@ -50,13 +56,17 @@ __all__ = [
     "DeadLetter",
     "DeadLetters",
     "DeadMessage",
+    "DecryptionFailed",
     "DrainReport",
     "Event",
+    "ExtraMissing",
     "Health",
     "InvalidPayload",
     "InvalidPriority",
     "InvalidSettings",
     "InvalidURL",
+    "KeyUnavailable",
+    "Keyring",
     "Latency",
     "LeaseLost",
     "Message",
@@ -65,6 +75,7 @@ __all__ = [
     "MessageTooLarge",
     "MetricsSnapshot",
     "NewerFormat",
+    "PlaintextRefused",
     "PluginStorage",
     "QueueClosed",
     "QueueError",
@@ -80,6 +91,7 @@ __all__ = [
     "Throttled",
     "Tracing",
     "UnknownSetting",
+    "Unreadable",
     "WorkerInfo",
     "log_metrics",
 ]

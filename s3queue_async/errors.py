@@ -139,3 +139,47 @@ class NewerFormat(CorruptObject):
     """Raised when an object was written by a newer version of this library; it is left alone."""
 
     default_suggestion = "Upgrade s3queue_async here; the object is left as it is."
+
+
+class Unreadable(QueueError):
+    """Raised or emitted when this process cannot read an object that others may be able to read; names its key.
+
+    The object is left as it is, for processes that have what this one lacks; the queue goes on with the others.
+
+    Attributes:
+        key: The object's key.
+        reason: What is lacking.
+    """
+
+    default_suggestion = "Give this process what the others have; the object is left as it is."
+
+    def __init__(self, key: str, reason: str, *, suggestion: str | None = None) -> None:
+        super().__init__(f"{key}: {reason}.", suggestion=suggestion)
+        self.key = key
+        self.reason = reason
+
+
+class ExtraMissing(Unreadable):
+    """Raised when an object cannot be read without a package that is not installed here; it is left alone."""
+
+    default_suggestion = "Install the extra that the message names; the object is left as it is."
+
+
+class KeyUnavailable(Unreadable):
+    """Raised when an object is encrypted and this process does not have its key; it is left alone."""
+
+    default_suggestion = "Add the key to the Keyring of this process; the object is left as it is."
+
+
+class DecryptionFailed(Unreadable):
+    """Raised when an object was encrypted with another key of that id, or for another queue; it is left alone."""
+
+    default_suggestion = "Compare the keys of all processes of the queue; the object is left as it is."
+
+
+class PlaintextRefused(Unreadable):
+    """Raised when an object is not encrypted and the Keyring says that it must be; it is left alone."""
+
+    default_suggestion = (
+        "Give every producer and worker the Keyring. To read what was written before, use accept_plaintext=True."
+    )

@@ -180,6 +180,9 @@ class MetricsSnapshot(Event, frozen=True):
         throttling_errors: Requests that the store refused for being too many.
         throttled_waits: Requests that waited before they were sent, because of such a refusal.
         throttled_wait_seconds: How long they waited, together.
+        segment_bytes_before: Bytes of the segments that this process compressed or encrypted, as they would be without.
+        segment_bytes_stored: Bytes of the same segments, as they were stored.
+        packing_seconds: Spent on compression and encryption, both ways.
         backlog: Messages that are ready or due and held by nobody, by priority: 0 and each that was seen; None where
             this process did not count.
         delayed: Messages that are not due yet; None where this process did not count.
@@ -214,6 +217,9 @@ class MetricsSnapshot(Event, frozen=True):
     throttling_errors: int = 0
     throttled_waits: int = 0
     throttled_wait_seconds: float = 0.0
+    segment_bytes_before: int = 0
+    segment_bytes_stored: int = 0
+    packing_seconds: float = 0.0
     backlog: dict[int, int] | None = None
     delayed: int | None = None
     held: int | None = None
@@ -237,6 +243,15 @@ class ObjectSetAside(Event, frozen=True):
     key: str
     reason: str
     quarantined: str | None
+
+
+class ObjectUnreadable(Event, frozen=True):
+    """This process lacks what it takes to read an object, which is left to others; said once a minute for each lack."""
+
+    name: ClassVar[str] = "object.unreadable"
+    key: str
+    reason: str
+    suggestion: str
 
 
 class EnqueueAmbiguous(Event, frozen=True):
@@ -273,6 +288,7 @@ EVENTS: dict[str, type[Event]] = {
         MetricsSnapshot,
         LoopBlocked,
         ObjectSetAside,
+        ObjectUnreadable,
         EnqueueAmbiguous,
         SegmentVoided,
     )

@@ -79,6 +79,15 @@ FIGURES = (
     Figure("throttled_waits", "throttled_waits", "counter", "{request}", "Requests that waited because of that."),
     Figure("throttled_wait_seconds", "throttled_wait_seconds", "counter", "s", "How long they waited."),
     Figure(
+        "segment_bytes_before",
+        "segment_before_bytes",
+        "counter",
+        "By",
+        "Segments that were compressed or encrypted, as they would be without.",
+    ),
+    Figure("segment_bytes_stored", "segment_stored_bytes", "counter", "By", "The same segments, as stored."),
+    Figure("packing_seconds", "packing_seconds", "counter", "s", "Spent on compression and encryption."),
+    Figure(
         "backlog", "backlog_messages", "gauge", "{message}", "Messages ready or due, and held by nobody.", "priority"
     ),
     Figure("delayed", "delayed_messages", "gauge", "{message}", "Messages that are not due yet."),

@@ -20,6 +20,7 @@ from s3queue_async.clock import Clock, SystemClock
 from s3queue_async.dead_letters import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, DeadLetters
 from s3queue_async.engine.config import open_queue
 from s3queue_async.engine.inspector import Inspector
+from s3queue_async.engine.packing import Packer
 from s3queue_async.engine.producer import BulkWriter, Expected, Producer
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.shared import Shared, TimedStorage
@@ -42,6 +43,7 @@ from s3queue_async.events import (
     StoreThrottled,
 )
 from s3queue_async.intake import Intake
+from s3queue_async.keyring import Keyring, keyring_from_environment
 from s3queue_async.log import log
 from s3queue_async.message import (
     CompletedMessage,
@@ -109,11 +111,13 @@ class S3Queue(Generic[PayloadT]):
         tracing: Follows messages from their enqueue to their handler, such as OpenTelemetryTracing.
         count_backlog: Whether the ``metrics`` event carries the backlog, which takes three listings or more; None:
             in the process that coordinates, and in a worker that sees no coordinator.
+        keyring: Encrypts what is written, and decrypts what is read (extra ``encryption``); None: the keys of
+            S3QUEUE_ENCRYPTION_KEYS, and no encryption where that is not set.
         clock, rng: Local time and chance, for tests and simulation.
 
     Raises:
         InvalidURL: The url cannot be understood.
-        UnknownSetting, InvalidSettings: An S3QUEUE_ variable is wrong.
+        UnknownSetting, InvalidSettings: An S3QUEUE_ variable is wrong, or an extra that a setting needs is missing.
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class S3Queue(Generic[PayloadT]):
         concurrency: int = 10,
         tracing: Tracing | None = None,
         count_backlog: bool | None = None,
+        keyring: Keyring | None = None,
         clock: Clock | None = None,
         rng: Random | None = None,
     ) -> None:
@@ -154,7 +159,15 @@ class S3Queue(Generic[PayloadT]):
             on_throttled=self._throttled,
             urgent=lambda key: key.startswith(urgent),
         )
-        self._shared = Shared(self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus)
+        packer = Packer(
+            compression=self.settings.compression,
+            keyring=keyring_from_environment() if keyring is None else keyring,
+            payload_bytes_max=self.settings.segment_bytes_max + self.settings.message_bytes_max,
+            monotonic=self._clock.monotonic,
+        )
+        self._shared = Shared(
+            self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus, packer=packer
+        )
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
         self._inspector = Inspector(self._shared, self._decode, lambda: self._session)

@@ -21,7 +21,7 @@ LEASE_MARGIN_MAX_S = 2.0
 """How far the clocks of two observers may be apart: what the simulation holds for, and four times what NTP keeps."""
 LEASE_MARGIN_PART = 0.1
 
-_NOT_SETTINGS = frozenset({"S3QUEUE_URL"})
+_NOT_SETTINGS = frozenset({"S3QUEUE_URL", "S3QUEUE_ENCRYPTION_KEYS"})
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 _NONE = frozenset({"", "none", "null"})
@@ -103,6 +103,9 @@ RANGES: Mapping[str, _Range] = {
 }
 """The allowed range of each setting that is a number."""
 
+CHOICES: Mapping[str, tuple[str | None, ...]] = {"compression": (None, "zstd")}
+"""The allowed values of each setting that is a name."""
+
 
 class _NamesFirst(msgspec.StructMeta):
     """Answers an unknown name with the nearest one instead of a bare TypeError."""
@@ -150,11 +153,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ticket_ttl: float = 30
     drain_timeout: float = 30
     metrics_interval: float = 10
+    compression: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
             checked = allowed.check(name, getattr(self, name))
             msgspec.structs.force_setattr(self, name, checked)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidSettings(f"{name}={getattr(self, name)!r} must be one of: {_listed(choices)}.")
         if not isinstance(self.coordinator, bool):
             raise InvalidSettings(f"coordinator={self.coordinator!r} must be True or False.")
         if self.heartbeat_interval > self.visibility_timeout / 2:
@@ -221,8 +228,17 @@ def _require_name(name: str, *, shown: str | None = None) -> None:
     raise UnknownSetting(f"There is no setting {shown or name!r}.", suggestion=hint)
 
 
+def _listed(choices: tuple[str | None, ...]) -> str:
+    return ", ".join(repr(choice) for choice in choices)
+
+
 def _from_text(name: str, variable: str, text: str) -> Any:
     folded = text.strip().lower()
+    if name in CHOICES:
+        choice = None if folded in _NONE else folded
+        if choice not in CHOICES[name]:
+            raise InvalidSettings(f"{variable}={text!r} must be one of: {_listed(CHOICES[name])}.")
+        return choice
     if name == "coordinator":
         if folded in _TRUE or folded in _FALSE:
             return folded in _TRUE

@@ -16,7 +16,7 @@ from s3queue_async.engine.registry import Lease, Registry
 from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
-from s3queue_async.errors import CorruptObject, NewerFormat, QueueError, StoreUnavailable, Throttled
+from s3queue_async.errors import CorruptObject, NewerFormat, QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
@@ -40,6 +40,8 @@ CANDIDATES_STALE_S = 1.0
 """How long a listing is gone by before the store is asked again whether something more urgent came."""
 LOOK_AGAIN_S = 1.0
 REFUSED_AGAIN_S = 60.0
+HEAD_GUESS_BYTES = 1024
+"""Holds the head of any segment, and says what it takes to read the rest."""
 FETCH_ESTIMATE_S = 0.05
 
 
@@ -94,6 +96,7 @@ class Claimer:
         self.claiming: dict[str, int] = {}
         self.last_progress = shared.clock.monotonic()
         self._fetch_s = FETCH_ESTIMATE_S
+        self._wary_until = 0.0
         self.claims_by_ticket = 0
         self.claims_direct = 0
         self.claims_wasted = 0
@@ -229,6 +232,9 @@ class Claimer:
         """Claim this segment, or take it over; None when it is gone or somebody else's.
 
         Until the caller holds what is returned, the heartbeat does not name it: take it without an await between.
+
+        Raises:
+            Unreadable: This process lacks what it takes to read it; it is nobody's, as before.
         """
         if self._known(key.name) or key.name in self.claiming:
             return None
@@ -236,9 +242,15 @@ class Claimer:
         self._lease.needed()
         try:
             return await self._obtain(Candidate(key), None)
+        except NewerFormat as error:
+            self._leave_alone(key, error)
+            return None
         except CorruptObject as error:
             await self._set_aside(key, error)
             return None
+        except Unreadable as error:
+            self._leave_alone(key, error)
+            raise
         finally:
             del self.claiming[key.name]
             self._quiet.set()
@@ -302,6 +314,8 @@ class Claimer:
             # A lease that ran out meanwhile makes it nobody's; its next holder finds it.
             if held is not None and self._lease.trusted:
                 self._deliver(held)
+        except (NewerFormat, Unreadable) as error:
+            self._leave_alone(key, error)
         except CorruptObject as error:
             await self._set_aside(key, error)
         except QueueError as error:
@@ -319,6 +333,8 @@ class Claimer:
         """Create the claim; the segment is read beside it. None, and blocked, when it is somebody's already."""
         shared = self._shared
         key = candidate.key
+        if offered is None and shared.clock.monotonic() < self._wary_until:
+            await self._look_first(key)
         claim = claims.fresh(key.text, owner=self._lease.worker_id, now_ms=shared.time.now_ms(), nonce=shared.nonce())
         shown_at = shared.clock.monotonic() if candidate.written_at is None else candidate.written_at
         reading = _Reading()
@@ -381,8 +397,50 @@ class Claimer:
             assert isinstance(stored, Stored)
             reading.stored = stored
 
-    async def _admit(self, key: SegmentKey, claim: Claim, version: str, stored: Stored | None) -> Held | None:
-        """Decide whether a claimed segment may be run; otherwise get rid of the claim."""
+    async def _look_first(self, key: SegmentKey) -> None:
+        """Before a claim: can this process read the segment at all? Raises Unreadable or NewerFormat when it cannot.
+
+        Only for a while after it met one that it cannot: otherwise a process without the key would stand in the way of
+        those that have it, by claiming and giving back. A segment that is gone or damaged is found out as always.
+        """
+        try:
+            stored = await self._shared.storage.get(key.text, span=(0, HEAD_GUESS_BYTES))
+        except NotFound:
+            return
+        assert isinstance(stored, Stored)
+        try:
+            self._shared.packer.require_readable(key.text, stored.body)
+        except NewerFormat:
+            raise
+        except CorruptObject:
+            return
+
+    def _leave_alone(self, key: SegmentKey, error: NewerFormat | Unreadable) -> None:
+        """Another process may read what this one cannot: say so, and look again when a minute is over."""
+        if isinstance(error, NewerFormat):
+            self._scanner.report(key.text, error.reason)
+        else:
+            self._scanner.report_unreadable(error)
+        self._finder.block(key.name, REFUSED_AGAIN_S)
+        self._wary_until = self._shared.clock.monotonic() + 2 * REFUSED_AGAIN_S
+
+    async def _admit(
+        self,
+        key: SegmentKey,
+        claim: Claim,
+        version: str,
+        stored: Stored | None,
+        segment: segments.Segment | None = None,
+    ) -> Held | None:
+        """Decide whether a claimed segment may be run; otherwise get rid of the claim.
+
+        Args:
+            key: The segment's.
+            claim: Ours.
+            version: Of the claim.
+            stored: The segment as it was read; None when it was not there.
+            segment: The same, if it was unpacked already: the claim was another worker's before.
+        """
         if stored is None:
             self._is_gone(key)
             return None
@@ -391,14 +449,13 @@ class Claimer:
             self._is_gone(key)
             return None
         try:
-            segment = segments.decode(key.text, stored.body)
+            if segment is None:
+                segment = await self._shared.packer.unpack(key.text, stored.body)
             if len(segment.payloads) != key.count:
                 raise CorruptObject(key.text, f"holds {len(segment.payloads)} messages, its name says {key.count}")
-        except NewerFormat as error:
-            self._scanner.report(key.text, error.reason)
+        except (NewerFormat, Unreadable):
             await self._release(Held(key, claim, version, segments.Index([], key.priority), [], claimed_at=0.0))
-            self._finder.block(key.name, REFUSED_AGAIN_S)
-            return None
+            raise
         held = self._held(key, claim, version, segment)
         if segment.index.parent is not None and not await self._parent_allows(segment.index.parent, key.text):
             await self._release(held)
@@ -479,6 +536,13 @@ class Claimer:
                 self._finder.block(key.name, self._registry.lease_left_s(peer))
                 return None
 
+        try:
+            claim = shared.packer.unseal(key.claim, claim)
+        except NewerFormat:
+            raise
+        except CorruptObject as error:
+            return await self._replace_corrupt(key, stored, error)
+
         def take(source: segments.Index) -> Claim:
             return claims.take(
                 claim,
@@ -500,12 +564,12 @@ class Claimer:
         if reading.stored is None:
             self._is_gone(key)
             return None
-        segment = segments.decode(key.text, reading.stored.body)
+        segment = await self._shared.packer.unpack(key.text, reading.stored.body)
         taken = take(segment.index)
         try:
             version = await self._shared.swap(
                 key.claim,
-                claims.encode(taken),
+                claims.encode(self._shared.packer.seal(key.claim, taken)),
                 when=IfVersion(claim.version),
                 deadline_s=self._shared.settings.claim_trust,
             )
@@ -513,7 +577,7 @@ class Claimer:
             self._finder.block(key.name, LOOK_AGAIN_S)
             return None
         log.info("segment taken over", segment=key.name, owner_lost=taken.crashes > 0, token=taken.token)
-        return await self._admit(key, taken, version, reading.stored)
+        return await self._admit(key, taken, version, reading.stored, segment)
 
     async def _replace_corrupt(self, key: SegmentKey, stored: Stored, error: CorruptObject) -> Held | None:
         """An unreadable claim hides its owner: wait until any owner's lease would be over, then begin anew."""

@@ -20,7 +20,7 @@ class QueueConfig(msgspec.Struct, frozen=True):
     """What is fixed for a queue.
 
     Attributes:
-        nonce: Of the write that created it.
+        nonce: Of the write that created it; what is encrypted is bound to it.
         format: Version of everything that the queue's objects look like.
         conditional_delete: Whether the store was found to keep If-Match on DELETE.
         segment_age_s: How late a segment may land; all processes must agree on it.
@@ -50,6 +50,7 @@ async def open_queue(shared: Shared) -> None:
     give_up_at = shared.clock.monotonic() + OPEN_WITHIN_S
     config = await shared.insist(lambda: _open(shared), while_true=lambda: shared.clock.monotonic() < give_up_at)
     shared.conditional_delete = config.conditional_delete
+    shared.packer.queue = config.nonce
     settings = shared.settings
     if (settings.segment_age, settings.claim_linger) != (config.segment_age_s, config.claim_linger_s):
         log.warning(

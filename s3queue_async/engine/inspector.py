@@ -13,7 +13,7 @@ from s3queue_async.engine.session import Session
 from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
-from s3queue_async.errors import CorruptObject
+from s3queue_async.errors import CorruptObject, Unreadable
 from s3queue_async.log import log
 from s3queue_async.message import (
     CompletedMessage,
@@ -218,12 +218,13 @@ class Inspector:
             state = await self._state_in(first, index)
             if state is not None:
                 return state
-        found = await self._find(message_id, ulid)
+        unread: list[Unreadable] = []
+        found = await self._find(message_id, ulid, unread)
         if found is not None:
             state = await self._state_in(*found)
             if state is not None:
                 return state
-        if await self._completed(message_id, ulid) is not None:
+        if await self._completed(message_id, ulid, unread) is not None:
             return MessageStatus.COMPLETED
         # The claim of an ended segment lingers for a while.
         page = await self._shared.storage.list(f"{layout.CLAIMS}{ulid}-", limit=1)
@@ -231,6 +232,9 @@ class Inspector:
             claim = await self._claim(page.entries[0].key)
             if claim is not None and not any(index in move.indices for move in claim.moves):
                 return MessageStatus.COMPLETED
+        if unread:
+            # It may be in there: to say that it is unknown would be wrong.
+            raise unread[0]
         return MessageStatus.UNKNOWN
 
     async def _state_in(self, key: SegmentKey, index: int) -> MessageStatus | None:
@@ -260,8 +264,8 @@ class Inspector:
         table = await self._index(key)
         return None if table is None or index >= len(table.records) else table.records[index]
 
-    async def _find(self, message_id: str, ulid: str) -> tuple[SegmentKey, int] | None:
-        """Search every segment that the message may have moved to."""
+    async def _find(self, message_id: str, ulid: str, unread: list[Unreadable]) -> tuple[SegmentKey, int] | None:
+        """Search every segment that the message may have moved to; those that cannot be read here go into ``unread``."""
         found: list[tuple[SegmentKey, int]] = []
         # Whoever moved it may have seen an earlier time than its producer did.
         earliest_ms = layout.ulid_time_ms(ulid) - self._shared.settings.lease_margin * 1000
@@ -274,7 +278,11 @@ class Inspector:
                     candidates.append(key)
 
             async def look(key: SegmentKey) -> None:
-                table = None if found else await self._index(key)
+                try:
+                    table = None if found else await self._index(key)
+                except Unreadable as error:
+                    unread.append(error)
+                    return
                 if table is not None:
                     for index, record in enumerate(table.records):
                         if record.id == message_id:
@@ -288,12 +296,21 @@ class Inspector:
     # -- dead letters --------------------------------------------------------------------------------------------
 
     async def dead_letters(self, limit: int) -> list[DeadMessage]:
-        """Up to ``limit`` dead letters, oldest segments first."""
+        """Up to ``limit`` dead letters, oldest segments first.
+
+        Raises:
+            Unreadable: There are some, and none can be read here. Where some can be, the others are logged.
+        """
         found: list[DeadMessage] = []
+        unread: list[Unreadable] = []
         async for key in self._each_key(layout.DEAD):
             if len(found) >= limit:
                 break
-            segment = await self._segment(key)
+            try:
+                segment = await self._segment(key)
+            except Unreadable as error:
+                unread.append(error)
+                continue
             claim = None if segment is None else await self._claim(key.claim)
             ended = set() if claim is None else claim.ended()
             if segment is not None:
@@ -302,6 +319,7 @@ class Inspector:
                     for i, (record, payload) in enumerate(zip(segment.index.records, segment.payloads, strict=True))
                     if i not in ended
                 ]
+        _require_some(found, unread)
         return found[:limit]
 
     def _dead_message(self, record: Record, body: bytes, priority: int) -> DeadMessage:
@@ -330,28 +348,43 @@ class Inspector:
     # -- history -------------------------------------------------------------------------------------------------
 
     async def history(self, limit: int) -> list[CompletedMessage]:
-        """Up to ``limit`` completed messages, newest first."""
+        """Up to ``limit`` completed messages, newest first; raises as ``dead_letters``."""
         keys = [entry.key async for entry in self._each(layout.HISTORY)]
         found: list[CompletedMessage] = []
+        unread: list[Unreadable] = []
         for key in reversed(keys):
             if len(found) >= limit:
                 break
-            found += [_completed(record) for record in reversed(await self._history(key))]
+            try:
+                records = await self._history(key)
+            except Unreadable as error:
+                unread.append(error)
+                continue
+            found += [_completed(record) for record in reversed(records)]
+        _require_some(found, unread)
         return found[:limit]
 
     async def result(self, message_id: str) -> CompletedMessage | None:
-        """A completed message's record, if the history has it."""
+        """A completed message's record, if the history has it; raises Unreadable when it may be where it cannot be read."""
         try:
             ulid, _, _ = layout.parse_message_id(message_id)
         except ValueError:
             return None
-        record = await self._completed(message_id, ulid)
+        unread: list[Unreadable] = []
+        record = await self._completed(message_id, ulid, unread)
+        if record is None and unread:
+            raise unread[0]
         return None if record is None else _completed(record)
 
-    async def _completed(self, message_id: str, ulid: str) -> HistoryRecord | None:
+    async def _completed(self, message_id: str, ulid: str, unread: list[Unreadable]) -> HistoryRecord | None:
         after = layout.history_key(layout.ulid_time_ms(ulid) - 1000, "")
         async for entry in self._each(layout.HISTORY, after=after):
-            for record in await self._history(entry.key):
+            try:
+                records = await self._history(entry.key)
+            except Unreadable as error:
+                unread.append(error)
+                continue
+            for record in records:
                 if record.id == message_id:
                     return record
         return None
@@ -362,8 +395,9 @@ class Inspector:
         except NotFound:
             return []
         assert isinstance(stored, Stored)
+        records = self._shared.packer.unpack_history(key, stored.body)
         try:
-            return _history_decoder.decode(stored.body)
+            return _history_decoder.decode(records)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise CorruptObject(key, f"the history cannot be read ({error})") from error
 
@@ -433,27 +467,29 @@ class Inspector:
             return Claim(nonce="", segment="", owner="unknown", token=0, claimed_ms=0)
 
     async def _index(self, key: SegmentKey) -> segments.Index | None:
+        """A segment's index; None when it is gone or damaged. Raises Unreadable when others may be able to read it."""
         try:
             stored = await self._shared.storage.get(key.text, span=(0, segments.INDEX_GUESS_BYTES))
             assert isinstance(stored, Stored)
-            end = segments.index_end(key.text, stored.body)
+            end = self._shared.packer.index_end(key.text, stored.body)
             if end > len(stored.body):
                 stored = await self._shared.storage.get(key.text, span=(0, end))
                 assert isinstance(stored, Stored)
-            return segments.decode_index(key.text, stored.body)
+            return self._shared.packer.unpack_index(key.text, stored.body)
         except NotFound:
             return None
         except CorruptObject as error:
             return self._unreadable(error)
 
     async def _segment(self, key: SegmentKey) -> Segment | None:
+        """A segment; None when it is gone or damaged. Raises Unreadable when others may be able to read it."""
         try:
             stored = await self._shared.storage.get(key.text)
         except NotFound:
             return None
         assert isinstance(stored, Stored)
         try:
-            return segments.decode(key.text, stored.body)
+            return await self._shared.packer.unpack(key.text, stored.body)
         except CorruptObject as error:
             return self._unreadable(error)
 
@@ -496,6 +532,15 @@ def _decide(held: Held, chosen: set[int], *, redrive: bool) -> None:
             held.departing.append(Departing(index, 0, None, Place.READY))
         else:
             held.finished.append(index)
+
+
+def _require_some(found: Sequence[object], unread: Sequence[Unreadable]) -> None:
+    """Say what had to be left out; raise that when nothing else was found."""
+    if not unread:
+        return
+    if not found:
+        raise unread[0]
+    log.error("some cannot be read here, and are left out", count=len(unread), first=str(unread[0]))
 
 
 def _keys(entries: Iterable[Entry]) -> list[SegmentKey]:

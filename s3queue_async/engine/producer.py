@@ -430,9 +430,8 @@ class Producer:
         expected = self._expect(batch, key)
         fate = Fate.UNKNOWN
         try:
-            fate = await put_segment(
-                self._shared, key, segments.encode(index, payloads), give_up=give_up, may_run_at_once=True
-            )
+            segment = segments.Segment(index, payloads)
+            fate = await put_segment(self._shared, key, segment, give_up=give_up, may_run_at_once=True)
         finally:
             if expected is not None and fate is Fate.WRITTEN:
                 expected.written(index, payloads, shown_at=sent_at)

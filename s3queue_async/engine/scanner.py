@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from s3queue_async.engine.shared import Shared
-from s3queue_async.events import ObjectSetAside, SegmentVoided
+from s3queue_async.errors import Unreadable
+from s3queue_async.events import ObjectSetAside, ObjectUnreadable, SegmentVoided
 from s3queue_async.log import log
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
@@ -19,6 +20,8 @@ PAGES_MAX = 10
 DELAYED_EVERY_S = 1.0
 """How often delayed segments are listed while none is known to become due."""
 REPORTED_MAX = 20_000
+LACKING_EVERY_S = 60.0
+LACKING_MAX = 100
 
 
 class SegmentPage(msgspec.Struct, frozen=True):
@@ -47,6 +50,7 @@ class Scanner:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._reported: set[str] = set()
+        self._lacking: dict[str, float] = {}
 
     async def ready(self, *, after: str, limit: int) -> SegmentPage:
         """A page of what is ready, most urgent and then oldest first."""
@@ -123,3 +127,19 @@ class Scanner:
         self._reported.add(key)
         log.error("an object of the queue cannot be used", key=key, reason=reason, quarantined=quarantined)
         self._shared.bus.emit(ObjectSetAside(key=key, reason=reason, quarantined=quarantined))
+
+    def report_unreadable(self, error: Unreadable) -> None:
+        """Say what this process lacks: once a minute for each lack, not for each of the segments that need it."""
+        now = self._shared.clock.monotonic()
+        if now < self._lacking.get(error.reason, now):
+            return
+        if len(self._lacking) >= LACKING_MAX:
+            self._lacking.clear()
+        self._lacking[error.reason] = now + LACKING_EVERY_S
+        log.error(
+            "messages cannot be read here, and are left to others",
+            key=error.key,
+            reason=error.reason,
+            suggestion=error.suggestion,
+        )
+        self._shared.bus.emit(ObjectUnreadable(key=error.key, reason=error.reason, suggestion=error.suggestion))

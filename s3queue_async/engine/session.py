@@ -24,7 +24,7 @@ from s3queue_async.engine.registry import FENCED, NOT_RENEWED, Counters, Lease, 
 from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
+from s3queue_async.errors import QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.events import (
     LeaseLostEvent,
     MessageClaimed,
@@ -452,7 +452,11 @@ class Session:
 
     async def finish_orphan(self, key: SegmentKey) -> None:
         """Take over a dead letter's claim that nobody holds, and settle what its holder left undone."""
-        held = await self.claimer.claim_one(key)
+        try:
+            held = await self.claimer.claim_one(key)
+        except Unreadable:
+            # Reported already; the sweep goes on with the others.
+            return
         if held is None:
             return
         self._hold(held)
@@ -462,7 +466,11 @@ class Session:
             self.settler.submit_give_back(held)
 
     async def claim_one(self, key: SegmentKey) -> Held | None:
-        """Claim one segment for work that is no handler's (redrive, purge); None when it is somebody else's."""
+        """Claim one segment for work that is no handler's (redrive, purge); None when it is somebody else's.
+
+        Raises:
+            Unreadable: This process lacks what it takes to read it.
+        """
         held = await self.claimer.claim_one(key)
         if held is not None:
             self._hold(held)

@@ -19,13 +19,13 @@ from s3queue_async.engine.registry import Lease
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
 from s3queue_async.engine.writing import Fate, Pace, put_segment
-from s3queue_async.errors import CorruptObject, LeaseLost, QueueError, StoreUnavailable, Throttled
+from s3queue_async.errors import CorruptObject, LeaseLost, QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
-from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.claim import Claim, Departure, Move
 from s3queue_async.protocol.layout import Place, SegmentKey
+from s3queue_async.protocol.segment import Segment
 from s3queue_async.storage.base import IfVersion, NotFound, PreconditionFailed, Superseded
 from s3queue_async.wakeup import Wakeup
 
@@ -182,9 +182,8 @@ class Settler:
             key = SegmentKey.parse(item.claim.segment)
             claim = claims.move(item.claim, (), settled=True, finished=range(key.count), nonce=self._shared.nonce())
             try:
-                await self._shared.swap(
-                    item.claim_key, claims.encode(claim), when=IfVersion(item.version), deadline_s=DISOWN_WITHIN_S
-                )
+                body = claims.encode(self._shared.packer.seal(item.claim_key, claim))
+                await self._shared.swap(item.claim_key, body, when=IfVersion(item.version), deadline_s=DISOWN_WITHIN_S)
             except Superseded:
                 return
             except (StoreUnavailable, Throttled) as error:
@@ -387,7 +386,7 @@ class Settler:
             try:
                 version = await self._shared.swap(
                     held.key.claim,
-                    claims.encode(claim),
+                    claims.encode(self._shared.packer.seal(held.key.claim, claim)),
                     when=IfVersion(held.version),
                     deadline_s=self._lease.trust_left_s,
                 )
@@ -395,8 +394,8 @@ class Settler:
                 if lost.stored is None:
                     raise
                 try:
-                    found = claims.decode(held.key.claim, lost.stored.body)
-                except CorruptObject:
+                    found = self._shared.packer.unseal(held.key.claim, claims.decode(held.key.claim, lost.stored.body))
+                except (CorruptObject, Unreadable):
                     raise lost from None
                 if found.owner != self._lease.worker_id or found.token != held.claim.token:
                     raise
@@ -476,10 +475,12 @@ class Settler:
                 raise error
 
         self._lease.check()
-        body = segments.encode(
+        segment = Segment(
             claims.moved_index(held.claim, move, held.index), [held.payloads[index] for index in move.indices]
         )
-        fate = await put_segment(self._shared, SegmentKey.parse(move.key), body, give_up=give_up, may_run_at_once=False)
+        fate = await put_segment(
+            self._shared, SegmentKey.parse(move.key), segment, give_up=give_up, may_run_at_once=False
+        )
         return fate is Fate.WRITTEN or await self._is_gone(held.key)
 
     async def _is_gone(self, key: SegmentKey) -> bool:
@@ -523,8 +524,9 @@ class Settler:
         if not records:
             return
         key = layout.history_key(now_ms, f"{self._lease.worker_id}-{self._shared.nonce()}")
+        body = self._shared.packer.pack_history(key, _history_encoder.encode(records))
         await self._shared.insist(
-            lambda: self._shared.storage.put(key, _history_encoder.encode(records)),
+            lambda: self._shared.storage.put(key, body),
             while_true=lambda: self._lease.trusted,
         )
         for held in batch:

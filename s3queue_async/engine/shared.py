@@ -8,6 +8,7 @@ from random import Random  # noqa: TID251 - only the type: the instance is passe
 from typing import TypeVar
 
 from s3queue_async.clock import Clock
+from s3queue_async.engine.packing import Packer
 from s3queue_async.errors import QueueError, StoreUnavailable, Throttled
 from s3queue_async.events import EventBus
 from s3queue_async.protocol import layout
@@ -153,6 +154,7 @@ class Shared:
         settings: The queue's settings.
         bus: Where events go.
         conditional_delete: Whether the store keeps If-Match on DELETE.
+        packer: Compresses and encrypts what is written.
         workers, dedup, totals: Views of the store for heartbeats, deduplication markers and summed counters.
     """
 
@@ -163,6 +165,7 @@ class Shared:
     settings: Settings
     bus: EventBus
     conditional_delete: bool = True
+    packer: Packer = field(default_factory=Packer)
     workers: PluginStorage = field(init=False)
     dedup: PluginStorage = field(init=False)
     totals: PluginStorage = field(init=False)

@@ -11,6 +11,8 @@ from s3queue_async.events import SegmentVoided
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import SegmentKey
+from s3queue_async.protocol.segment import Segment
+from s3queue_async.protocol.wrapping import Kind, is_wrapped
 from s3queue_async.storage.base import Conflict, IfAbsent, NotFound, PreconditionFailed, Stored
 from s3queue_async.wakeup import Wakeup
 
@@ -74,7 +76,7 @@ GiveUp = Callable[[QueueError], None]
 """Called after each failure; raises when there is no point in another try."""
 
 
-async def look(shared: Shared, key: SegmentKey, body: bytes, *, may_run_at_once: bool) -> Fate | None:
+async def look(shared: Shared, key: SegmentKey, body: bytes, *, segment: Segment, may_run_at_once: bool) -> Fate | None:
     """What the store shows of a segment that may have been written; None: neither it nor a claim on it.
 
     A void segment is deleted: nobody runs it, and anybody may delete it. So is one that is not what was written:
@@ -87,7 +89,7 @@ async def look(shared: Shared, key: SegmentKey, body: bytes, *, may_run_at_once:
         return Fate.WRITTEN if await _is_claimed(shared, key) else None
     assert isinstance(stored, Stored)
     void = segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age)
-    if stored.body == body and not void:
+    if not void and (stored.body == body or await _is_the_same(shared, key, stored.body, body, segment)):
         return Fate.WRITTEN
     ran = may_run_at_once and await _is_claimed(shared, key)
     shared.bus.emit(SegmentVoided(key=key.text))
@@ -96,6 +98,13 @@ async def look(shared: Shared, key: SegmentKey, body: bytes, *, may_run_at_once:
         return Fate.WRITTEN
     # An earlier request may still land in time, unless time is over.
     return Fate.NOT_WRITTEN if void else None
+
+
+async def _is_the_same(shared: Shared, key: SegmentKey, stored: bytes, body: bytes, segment: Segment) -> bool:
+    """Whether other bytes are the same segment: two writers of one move encrypt and compress it each in its own way."""
+    if not (is_wrapped(Kind.SEGMENT, stored) or is_wrapped(Kind.SEGMENT, body)):
+        return False
+    return await shared.packer.is_same(key.text, stored, segment)
 
 
 async def _is_claimed(shared: Shared, key: SegmentKey) -> bool:
@@ -111,12 +120,14 @@ async def _is_claimed(shared: Shared, key: SegmentKey) -> bool:
         return True
 
 
-async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: GiveUp, may_run_at_once: bool) -> Fate:
+async def put_segment(
+    shared: Shared, key: SegmentKey, segment: Segment, *, give_up: GiveUp, may_run_at_once: bool
+) -> Fate:
     """Write a segment under a new key, and decide by reading when the reply is missing.
 
     Args:
         key: Made a moment ago: a segment counts only if it lands within ``segment_age`` of its key's time.
-        body: The segment.
+        segment: What to write.
         give_up: Called after each failure; raises to end it.
         may_run_at_once: Whether somebody may run it before this call returns. Its absence is then proof only while
             a claim on it would still linger.
@@ -125,6 +136,7 @@ async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: 
         WRITTEN; NOT_WRITTEN: certainly not, take a new key; UNKNOWN: the store was out of reach for too long.
     """
     settings = shared.settings
+    body = await shared.packer.pack(key.text, segment)
     margin_s = min(CLOCK_MARGIN_S, CLOCK_MARGIN_PART * settings.segment_age)
     created_s = key.created_ms / 1000
     resend_until_s = created_s + settings.segment_age - margin_s
@@ -146,7 +158,7 @@ async def put_segment(shared: Shared, key: SegmentKey, body: bytes, *, give_up: 
         tries += 1
         began_s = shared.time.seen()
         try:
-            fate = await look(shared, key, body, may_run_at_once=may_run_at_once)
+            fate = await look(shared, key, body, segment=segment, may_run_at_once=may_run_at_once)
         except (StoreUnavailable, Throttled) as error:
             await _wait(shared, tries, error, give_up)
             continue

@@ -54,6 +54,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
         failure_table: Failures that the moves refer to.
         early: Whether the segment's writer made it beside the segment, before that was known to be there: such a claim
             proves nothing of the segment, until another owner takes it.
+        sealed_failures: The same, encrypted, as it is stored by a queue with a keyring; ``failure_table`` is empty then.
     """
 
     nonce: str
@@ -69,6 +70,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: list[Move] = []
     failure_table: list[Failure] = []
     early: bool = False
+    sealed_failures: bytes = b""
 
     def isolated(self, index: Index) -> bool:
         """Whether messages must run alone, each start recorded before it happens."""

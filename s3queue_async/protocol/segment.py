@@ -19,7 +19,10 @@ from s3queue_async.errors import CorruptObject, NewerFormat
 MAGIC = b"S3QS"
 FORMAT_VERSION = 1
 HEAD = struct.Struct(">4sBBHIIII")
-"""Magic, version, flags, reserved, index length, index CRC-32, payload length, payload CRC-32."""
+"""Magic, version, flags, envelope length, index length, index CRC-32, payload length, payload CRC-32.
+
+Flags and an envelope are what ``wrapping`` has: here both are 0.
+"""
 
 INDEX_GUESS_BYTES = 64 * 1024
 """How much a first read by range asks for: the head and the index of a few hundred messages."""
@@ -104,11 +107,16 @@ _index_decoder = msgspec.msgpack.Decoder(Index)
 
 
 def encode(index: Index, payloads: Sequence[bytes]) -> bytes:
-    """The bytes of a segment."""
-    table = _index_encoder.encode(index)
+    """The bytes of a segment that is neither compressed nor encrypted."""
+    table = encode_index(index)
     body = b"".join(payloads)
     head = HEAD.pack(MAGIC, FORMAT_VERSION, 0, 0, len(table), zlib.crc32(table), len(body), zlib.crc32(body))
     return b"".join((head, table, body))
+
+
+def encode_index(index: Index) -> bytes:
+    """The bytes of an index."""
+    return _index_encoder.encode(index)
 
 
 def _head(key: str, body: bytes) -> tuple[int, int, int, int]:
@@ -142,11 +150,26 @@ def decode_index(key: str, body: bytes) -> Index:
     table = body[HEAD.size : HEAD.size + index_length]
     if len(table) < index_length or zlib.crc32(table) != index_crc:
         raise CorruptObject(key, "the index is damaged")
+    return read_index(key, table, length)
+
+
+def read_index(key: str, table: bytes, length: int | None = None) -> Index:
+    """Read the bytes of an index.
+
+    Args:
+        key: The segment's.
+        table: The bytes.
+        length: Of all payloads together; None when it is not known yet.
+
+    Raises:
+        CorruptObject: They are none, or do not fit the payloads.
+    """
     try:
         index: Index = _index_decoder.decode(table)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise CorruptObject(key, f"the index cannot be read ({error})") from error
-    if sum(record.length for record in index.records) != length or any(record.length < 0 for record in index.records):
+    lengths = [record.length for record in index.records]
+    if (length is not None and sum(lengths) != length) or any(each < 0 for each in lengths):
         raise CorruptObject(key, "the index does not fit the payloads")
     return index
 
@@ -159,6 +182,11 @@ def decode(key: str, body: bytes) -> Segment:
     part = memoryview(body)[offset:]
     if len(part) != length or zlib.crc32(part) != crc:
         raise CorruptObject(key, "the payloads are damaged")
+    return split(index, body, offset)
+
+
+def split(index: Index, body: bytes, offset: int = 0) -> Segment:
+    """A segment from its index and the payloads, which begin at ``offset``."""
     payloads = []
     for record in index.records:
         payloads.append(body[offset : offset + record.length])

@@ -761,6 +761,17 @@ def disowned_segments(patch: Patch) -> None:
     patch.setattr(settler.Settler, "disown_ended", _nothing)
 
 
+@ablation(
+    "Who writes a move that another worker wrote before knows it by its messages: encrypted, its bytes are others",
+    focus=more(deeds={"crash": 6}, jobs=failing, fields={"encrypted": True}, lost_reply=0.1),
+)
+def same_messages_other_bytes(patch: Patch) -> None:
+    async def by_bytes(*args: Any) -> bool:
+        return False
+
+    patch.setattr(writing, "_is_the_same", by_bytes)
+
+
 # -- enqueue and deduplication -------------------------------------------------------------------------------------
 
 
@@ -768,12 +779,12 @@ def disowned_segments(patch: Patch) -> None:
 def durable_before_acknowledged(patch: Patch) -> None:
     original = writing.put_segment
 
-    async def hopeful(shared_: Any, key: Any, body: bytes, **options: Any) -> writing.Fate:
+    async def hopeful(shared_: Any, key: Any, segment: Any, **options: Any) -> writing.Fate:
         def give_up(error: BaseException) -> None:
             raise error
 
         try:
-            return await original(shared_, key, body, **{**options, "give_up": give_up})
+            return await original(shared_, key, segment, **{**options, "give_up": give_up})
         except Exception:  # noqa: BLE001 - to take any failure for a success is the point here
             return writing.Fate.WRITTEN
 

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from s3queue_async import Context, DeadLetter, QueueError, Release, Retry, S3Queue
+from s3queue_async import Context, DeadLetter, Keyring, QueueError, Release, Retry, S3Queue
 from s3queue_async.engine.config import FORMAT_VERSION, QueueConfig
 from s3queue_async.engine.recovery import PROBE_OVER_S
 from s3queue_async.events import EnqueueAmbiguous, LeaseLostEvent, WorkerStarted
@@ -27,7 +27,7 @@ from s3queue_async.protocol.board import Ticket
 from tests.simulation.history import Disturbance, History, Job, Loss, Run, Sent
 from tests.simulation.scenario import BOARD_FAULTS, FAULTY_FOR_S, Scenario
 from tests.simulation.store import Client, Store
-from tests.simulation.watch import BOARD, HEARTBEATS, Watch
+from tests.simulation.watch import BOARD, HEARTBEATS, KEYS, Watch
 from tests.simulation.world import Process, ProcessClock, World, deterministic_scopes
 
 STUTTER_S = 0.4
@@ -96,10 +96,16 @@ class Cluster:
         return process
 
     def queue(self, process: Process) -> S3Queue[Job]:
+        settings, keyring = self.scenario.settings, None
+        if self.scenario.encrypted:
+            chance = Random(f"keys {process} {self.scenario.seed}")
+            keyring = Keyring(KEYS, current=chance.choice(list(KEYS)))
+            settings = msgspec.structs.replace(settings, compression=chance.choice((None, "zstd")))
         queue: S3Queue[Job] = S3Queue(
             storage=Client(self.store, process),
             payload_type=Job,
-            settings=self.scenario.settings,
+            settings=settings,
+            keyring=keyring,
             clock=ProcessClock(process),
             rng=Random(f"process {process} {self.scenario.seed}"),
         )

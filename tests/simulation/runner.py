@@ -4,6 +4,7 @@ python -m tests.simulation --seeds 300 --jobs 2     many seeds, with a summary
 python -m tests.simulation --seed 41                replay one, with its trace
 python -m tests.simulation --ablations              remove each safeguard in turn, and find the seed that shows it
 python -m tests.simulation --confirm                run those seeds again
+python -m tests.simulation --seeds 300 --encrypted  every process encrypts, with one of two keys, and some compress
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -63,9 +64,11 @@ def hush() -> None:
     sys.unraisablehook = lambda unraisable: None
 
 
-def prepared(seed: int, ablation: str | None, patch: pytest.MonkeyPatch, *, remove: bool = True) -> Scenario:
+def prepared(
+    seed: int, ablation: str | None, patch: pytest.MonkeyPatch, *, remove: bool = True, encrypted: bool = False
+) -> Scenario:
     """The scenario of a seed; with an ablation's focus, if one is named, and without its safeguard."""
-    scenario = draw(seed)
+    scenario = replace(draw(seed), encrypted=encrypted)
     if ablation is None:
         return scenario
     if remove:
@@ -73,12 +76,12 @@ def prepared(seed: int, ablation: str | None, patch: pytest.MonkeyPatch, *, remo
     return ABLATIONS[ablation].focus(scenario)
 
 
-def run_seed(seed: int, ablation: str | None = None, *, remove: bool = True) -> Result:
+def run_seed(seed: int, ablation: str | None = None, *, remove: bool = True, encrypted: bool = False) -> Result:
     """Simulate and check one seed; a failure of the simulation itself is a problem, too."""
     hush()
     with pytest.MonkeyPatch.context() as patch:
         try:
-            outcome = simulate(prepared(seed, ablation, patch, remove=remove))
+            outcome = simulate(prepared(seed, ablation, patch, remove=remove, encrypted=encrypted))
         except Exception:  # noqa: BLE001 - reported with the seed that replays it
             return Result(seed, [traceback.format_exc()[-1500:]])
     history = outcome.history
@@ -111,10 +114,10 @@ def shortened(outcome: Outcome, problems: list[str]) -> list[str]:
     return lines[-SHOWN_LINES:]
 
 
-def replay(seed: int, ablation: str | None, console: Console) -> int:
+def replay(seed: int, ablation: str | None, console: Console, *, encrypted: bool) -> int:
     hush()
     with pytest.MonkeyPatch.context() as patch:
-        outcome = simulate(prepared(seed, ablation, patch))
+        outcome = simulate(prepared(seed, ablation, patch, encrypted=encrypted))
     for line in outcome.trace:
         console.print(line, markup=False, highlight=False)
     problems, causes = check(outcome.history)
@@ -125,7 +128,7 @@ def replay(seed: int, ablation: str | None, console: Console) -> int:
     return 1 if problems else 0
 
 
-def run_many(seeds: Sequence[int], jobs: int, console: Console) -> int:
+def run_many(seeds: Sequence[int], jobs: int, console: Console, *, encrypted: bool) -> int:
     began = time.monotonic()
     total = Result(-1, [])
     failed: list[Result] = []
@@ -134,7 +137,7 @@ def run_many(seeds: Sequence[int], jobs: int, console: Console) -> int:
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=console) as progress, context.Pool(jobs, maxtasksperchild=200) as pool:
         task = progress.add_task("seeds", total=len(seeds))
-        for result in pool.imap_unordered(run_seed, seeds, chunksize=4):
+        for result in pool.imap_unordered(partial(run_seed, encrypted=encrypted), seeds, chunksize=4):
             progress.advance(task)
             total.simulated_s += result.simulated_s
             total.messages += result.messages
@@ -227,6 +230,7 @@ def main() -> int:
     parser.add_argument("--without", choices=ABLATIONS, help="with --seed: remove this safeguard")
     parser.add_argument("--ablations", nargs="*", choices=ABLATIONS, help="remove these safeguards in turn (all)")
     parser.add_argument("--confirm", action="store_true", help="run the seeds of the ablations' table again")
+    parser.add_argument("--encrypted", action="store_true", help="with --seed and --seeds: every process encrypts")
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
     if arguments.ablations is not None:
@@ -234,6 +238,6 @@ def main() -> int:
     if arguments.confirm:
         return confirm_failures(arguments.jobs, console)
     if arguments.seed is not None:
-        return replay(arguments.seed, arguments.without, console)
+        return replay(arguments.seed, arguments.without, console, encrypted=arguments.encrypted)
     seeds = [*REGRESSIONS, *range(arguments.first, arguments.first + arguments.seeds)]
-    return run_many(list(dict.fromkeys(seeds)), arguments.jobs, console)
+    return run_many(list(dict.fromkeys(seeds)), arguments.jobs, console, encrypted=arguments.encrypted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from s3queue_async import Settings
@@ -38,6 +38,8 @@ class Scenario:
     conditional_delete: bool
     is_new: bool
     jump_s: float | None = None
+    encrypted: bool = field(default=False, repr=False)
+    """Every process encrypts, with one of two keys, and some compress: no two of them write the same bytes."""
 
     @property
     def faultless(self) -> bool:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import msgspec
 
+from s3queue_async import Keyring
+from s3queue_async.engine.config import QueueConfig
 from s3queue_async.engine.dedup import Marker
+from s3queue_async.engine.packing import Packer
 from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
@@ -21,6 +24,8 @@ LIVE = (layout.READY, layout.DELAYED, layout.DEAD)
 HEARTBEATS = f"plugin/{layout.WORKERS}/"
 BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
 MARKERS = f"plugin/{layout.DEDUP}/"
+KEYS = {"old": bytes(32), "new": bytes(range(32))}
+"""Of the clusters that encrypt."""
 OVERTAKING_S = 4.0
 """How much later than a poll a worker may still claim by what it saw: the age of its listing, the time that it leaves
 to others, and the requests."""
@@ -32,6 +37,7 @@ class Watch:
     def __init__(self, store: Store, history: History) -> None:
         self._store = store
         self._history = history
+        self._packer = Packer(keyring=Keyring(KEYS, current="old"))
         self._indices: dict[bytes, segments.Index] = {}
         self._claims: dict[bytes, Claim] = {}
         self._keys: dict[str, SegmentKey] = {}
@@ -165,7 +171,9 @@ class Watch:
     def _index(self, key: str, body: bytes) -> segments.Index:
         index = self._indices.get(body)
         if index is None:
-            index = self._indices[body] = segments.decode(key, body).index
+            config = self._store.objects[layout.CONFIG].body
+            self._packer.queue = msgspec.json.decode(config, type=QueueConfig).nonce
+            index = self._indices[body] = self._packer.unpack_index(key, body)
         return index
 
     def _claim(self, key: SegmentKey) -> Claim | None:

@@ -25,7 +25,8 @@ from s3queue_async.protocol import segment
 from s3queue_async.protocol.board import Board
 from s3queue_async.protocol.claim import Claim, Move
 from s3queue_async.protocol.layout import SegmentKey
-from s3queue_async.settings import RANGES, SEGMENT_MESSAGES_LIMIT
+from s3queue_async.protocol.wrapping import Envelope
+from s3queue_async.settings import CHOICES, RANGES, SEGMENT_MESSAGES_LIMIT
 from s3queue_async.storage.open import _S3_OPTIONS, _SQLITE_OPTIONS
 from s3queue_async.storage.s3 import S3Storage
 from s3queue_async.storage.sqlite import SqliteStorage
@@ -108,6 +109,11 @@ def test_documented_default_and_range(name: str) -> None:
         assert default == str(real)
     else:
         assert number(default) == real
+    if name in CHOICES:
+        assert allowed == ", or ".join(
+            "None" if choice is None else f"`{choice}`" for choice in reversed(CHOICES[name])
+        )
+        return
     if isinstance(real, bool):
         assert allowed == "True or False"
         return
@@ -183,8 +189,8 @@ def test_url_parameters_are_documented() -> None:
 def test_layout_names_every_field() -> None:
     """Each field of each object stands in docs/object_layout.md."""
     text = page("docs/object_layout.md")
-    for kind in (QueueConfig, segment.Index, segment.Record, segment.Failure, Claim, Move, Heartbeat, Marker, Sums,
-                 HistoryRecord):  # fmt: skip
+    for kind in (QueueConfig, segment.Index, segment.Record, segment.Failure, Envelope, Claim, Move, Heartbeat, Marker,
+                 Sums, HistoryRecord):  # fmt: skip
         missing = [name for name in kind.__struct_fields__ if not re.search(rf'[`" \[]{name}[`",\]]', text)]
         assert not missing, kind
 
