@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from s3queue_async.engine.registry import FENCED, NOT_RENEWED
 from s3queue_async.engine.settler import TAKEN
+from s3queue_async.protocol import layout
 from tests.simulation.history import Disturbance, History, Loss, Run
 
 DUE_TOLERANCE_S = 1.5
@@ -165,6 +166,9 @@ def _check_dead(history: History, by_message: dict[str, list[Run]], problems: li
         # A message that was in hand when a worker was lost, and again when the next one was lost while it ran alone
         # (by the claim; the handler may not have begun yet), is charged for both.
         losses = len(history.crashed_at) + len(history.lost)
+        # As it is for the worker that left without the reply to its claim: nobody can tell it from one that was lost.
+        first = f"{layout.CLAIMS}{message_id.partition('-')[0]}-"
+        losses += any(key.startswith(first) for key in history.doubted)
         if starts + min(losses, attempts_max) < attempts_max:
             problems.append(
                 f"dead without cause: {message_id} ({job.kind}, {reason!r}, {attempts} attempts, {starts} starts)"

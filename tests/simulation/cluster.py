@@ -470,6 +470,7 @@ class Cluster:
                 where = "".join(traceback.format_exception(failure)[-3:])
                 self.history.problems.append(f"{process} failed: {failure!r} {where}")
         self.history.leftovers = self._leftovers()
+        self.history.doubted = {key for key in self.store.failed_at if key.startswith(layout.CLAIMS)}
         for sent in self.history.sent:
             if sent.dedup_id is not None:
                 sent.due_s = self.due_s[sent.dedup_id]

@@ -91,6 +91,7 @@ class History:
         fenced: When which worker was fenced, or its heartbeat deleted; None when nobody watched.
         done_at: When a deduplication marker said first that its message is finished.
         claimed_at: When which worker claimed a message of a segment, or took it over, for the last time.
+        doubted: Keys of claims about which a request failed: its sender may have left without knowing that it landed.
         problems: What was found wrong while it ran.
     """
 
@@ -106,5 +107,6 @@ class History:
     fenced: dict[str, float] | None = None
     done_at: dict[str, float] = field(default_factory=dict)
     claimed_at: dict[tuple[str, str], float] = field(default_factory=dict)
+    doubted: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
