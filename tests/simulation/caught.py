@@ -11,7 +11,7 @@ from tests.simulation.ablations import ABLATIONS, as_drawn
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
 BEGIN, END = "<!-- begin: make ablations -->\n", "<!-- end: make ablations -->\n"
-_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)` \|.*\| (?P<seeds>(over )?[\d,]+)(?: \*)? \|.*$", re.MULTILINE)
+_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)` \|.*\| (?P<seeds>acted|(over )?[\d,]+)(?: \*)? \|.*$", re.MULTILINE)
 _IDENTITY = re.compile(r"[0-9A-Z]{26}[-0-9a-z]*|[a-z]+\.\d+(-[0-9a-f]+)?|\b\d+(\.\d+)?\b")
 
 
@@ -44,6 +44,9 @@ def write(found: Iterable[Caught], tried: int) -> None:
     for one in found:
         ablation = ABLATIONS[one.ablation]
         needed = f"over {tried:,}" if one.seed is None else f"{one.seed + 1:,}"
+        if ablation.acted_by and one.seed is not None:
+            rows[one.ablation] = f"| `{one.ablation}` | {ablation.safeguard} | acted | `{ablation.acted_by}` fails |"
+            continue
         if ablation.focus is not as_drawn:
             needed += " *"
         rows[one.ablation] = f"| `{one.ablation}` | {ablation.safeguard} | {needed} | {one.kind} |"
@@ -56,4 +59,8 @@ def seeds() -> dict[str, int | None]:
     """The first failing seed of each ablation, as the document has it; None where none was found yet."""
     table = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]
     needed = {row["name"]: row["seeds"].replace(",", "") for row in _ROW.finditer(table)}
-    return {name: None if text.startswith("over") else int(text) - 1 for name, text in needed.items()}
+    return {name: _seed(text) for name, text in needed.items() if name in ABLATIONS}
+
+
+def _seed(text: str) -> int | None:
+    return None if text.startswith("over") else 0 if text == "acted" else int(text) - 1

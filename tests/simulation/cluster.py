@@ -293,7 +293,7 @@ class Cluster:
             await self._second()
 
     def _do(self, deed: str) -> None:
-        rng, scenario, faults = self.rng, self.scenario, self.scenario.faults
+        rng, faults = self.rng, self.scenario.faults
         alive = [process for process in self.processes if process.runs and not process.stop.is_set()]
         if deed == "storm":
             faults.counts["storm of 503"] += 1
@@ -326,7 +326,7 @@ class Cluster:
             process.stop.set()
             self.world.later(rng.uniform(0.1, 20.0), self._restart)
         elif deed == "jump":
-            process.offset_s += for_s if scenario.jump_s is None else scenario.jump_s
+            process.offset_s += for_s
         elif deed in ("pause", "suspend"):
             process.pause(clock_stands=deed == "suspend")
             self.world.later(for_s, process.resume)

@@ -32,6 +32,7 @@ from tests.simulation.cluster import Outcome, simulate
 from tests.simulation.refusal import check_refusals
 from tests.simulation.scenario import BOARD_FAULTS, PROCESS_FAULTS, Scenario, draw
 from tests.simulation.store import REQUEST_FAULTS
+from tests.unit.queue import test_coincidences as coincidences
 
 SHOWN_LINES = 40
 EVERY_FAULT_AFTER = 1000
@@ -178,8 +179,25 @@ def summary(console: Console, total: Result, seeds: int, failed: int, took_s: fl
     console.print(table)
 
 
+def acted(ablation: str, *, remove: bool = True) -> str:
+    """How the test that acts out the coincidence fails without this safeguard; "" when it passes."""
+    test = getattr(coincidences, ABLATIONS[ablation].acted_by)
+    with pytest.MonkeyPatch.context() as patch:
+        hush()
+        if remove:
+            ABLATIONS[ablation].remove(patch)
+        try:
+            test()
+        except AssertionError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def first_failure(ablation: str, seeds: int) -> caught.Caught:
     """Go through the seeds until one fails without this safeguard, and passes with it."""
+    if ABLATIONS[ablation].acted_by:
+        problem = "" if acted(ablation, remove=False) else acted(ablation)
+        return caught.Caught(ablation, 0 if problem else None, problem)
     for seed in range(seeds):
         result = run_seed(seed, ablation)
         if result.problems and not run_seed(seed, ablation, remove=False).problems:
@@ -208,9 +226,10 @@ def confirm_failures(jobs: int, console: Console) -> int:
     missing = [name for name in ABLATIONS if name not in table]
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs) as pool:
-        known = {name: seed for name, seed in table.items() if seed is not None}
+        known = {name: seed for name, seed in table.items() if seed is not None and not ABLATIONS[name].acted_by}
         results = pool.starmap(run_seed, [(seed, name) for name, seed in known.items()])
     passed = [name for name, result in zip(known, results, strict=True) if not result.problems]
+    passed += [name for name in table if ABLATIONS[name].acted_by and not acted(name)]
     for text, names in (("not in the table", missing), ("passes without its safeguard", passed)):
         for name in names:
             console.print(f"{name}: {text}; run  make ablations", style="red")

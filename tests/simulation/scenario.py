@@ -37,7 +37,6 @@ class Scenario:
     concurrency: int
     conditional_delete: bool
     is_new: bool
-    jump_s: float | None = None
     encrypted: bool = field(default=False, repr=False)
     """Every process encrypts, with one of two keys, and some compress: no two of them write the same bytes."""
 

@@ -113,7 +113,7 @@ async def test_a_write_that_lands_late() -> None:
             async def later() -> None:
                 await anyio.sleep(7)
                 bed.faults.clear()
-                gate.open()
+                await gate.land()
 
             group.start_soon(later)
             await queue.enqueue("one")

@@ -1,0 +1,124 @@
+"""Coincidences too rare for a random seed, acted out; each of these is what shows that one safeguard is needed."""
+
+from __future__ import annotations
+
+import anyio
+
+from s3queue_async import Context, S3Queue, Settings
+from s3queue_async.protocol import layout
+from s3queue_async.testing.clock import LoopClock
+from tests.unit.queue.bed import QUIET, Bed, Seen, eventually, virtual
+from tests.unit.queue.test_takeover import Killable
+
+YOUNG = Settings(
+    coordinator=False,
+    segment_age=2,
+    claim_linger=4,
+    visibility_timeout=20,
+    heartbeat_interval=5,
+    backoff_base=0.2,
+    max_attempts=5,
+)
+"""Segments are old, and claims gone, soon."""
+
+
+@virtual
+async def test_a_local_clock_that_jumps_does_not_cut_a_linger_short() -> None:
+    """The claim of a finished segment stays for ``claim_linger`` by the store's time, wherever the local clock goes."""
+    bed = Bed()
+    done = Seen()
+    clock = LoopClock()
+
+    async def handle(payload: str) -> None:
+        done(payload)
+
+    async with bed.queue() as producer, S3Queue[str](storage=bed.store, settings=QUIET, clock=clock, on_message=handle):
+        await producer.enqueue("one")
+        await done.count(1)
+
+        async def ended() -> bool:
+            return not await bed.keys(layout.READY)
+
+        await eventually(ended)
+        ended_at = anyio.current_time()
+        clock.offset_s += QUIET.claim_linger + 5
+        while anyio.current_time() - ended_at < QUIET.claim_linger - 0.5:
+            assert await bed.keys(layout.CLAIMS)
+            await anyio.sleep(0.5)
+    assert await bed.leftovers() == []
+
+
+@virtual
+async def test_a_late_delete_while_a_settlement_is_finished_by_another() -> None:
+    """A worker is killed with its DELETE under way. It lands while another one, which has read the segment, is about to
+    write what moved out of it; that was run meanwhile, and its claim is gone: it is not written a second time.
+    """
+    bed = Bed()
+    runs = Seen()
+
+    async def fail(payload: int, context: Context) -> None:
+        # So long that nothing about the segment is young any more as it is settled.
+        await anyio.sleep(4)
+        raise OSError(f"no {payload}")
+
+    async def succeed(payload: int, context: Context) -> None:
+        runs((payload, context.attempt))
+
+    first = Killable(bed, fail, settings=YOUNG)
+    late = first.faults.land_late("delete", key="ready/*", times=None)
+    second = Killable(bed, succeed, settings=YOUNG)
+    rewriting = second.faults.hold("put", key="delayed/*")
+    async with bed.queue(settings=YOUNG) as producer, anyio.create_task_group() as group:
+        await producer.enqueue(1)
+        group.start_soon(first.run)
+        await late.reached.wait()
+        first.kill()
+        group.start_soon(second.run)
+        await rewriting.reached.wait()
+        await late.land()
+        async with bed.queue(settings=YOUNG, on_message=succeed):
+            await runs.count(1)
+            # The claim of what moved has to be gone, too: nothing shows any more that it was written.
+            await anyio.sleep(YOUNG.claim_linger + 4)
+            rewriting.open()
+            await anyio.sleep(30)
+        second.kill()
+    assert runs.items == [(1, 2)]
+
+
+@virtual
+async def test_a_rename_whose_reply_was_lost() -> None:
+    """What moved could not be written in time, got another key, and that reply was lost for long. Whoever goes on writes
+    it under the key that the claim names, so that the next worker, should this one die now, writes nothing more.
+    """
+    bed = Bed()
+    runs = Seen()
+
+    async def fail(payload: int, context: Context) -> None:
+        raise OSError(f"no {payload}")
+
+    async def succeed(payload: int, context: Context) -> None:
+        runs((payload, context.attempt))
+
+    first = Killable(bed, fail, settings=YOUNG)
+    moving = first.faults.hold("put", key="delayed/*")
+    deleting = first.faults.hold("delete", key="ready/*")
+    async with bed.queue(settings=YOUNG) as producer, anyio.create_task_group() as group:
+        await producer.enqueue(1)
+        group.start_soon(first.run)
+        await moving.reached.wait()
+        lost = first.faults.lose_reply("put", key="claims/*")
+        away = first.faults.unavailable("get", "put", key="claims/*")
+        await anyio.sleep(2 * YOUNG.segment_age)
+        moving.open()
+        # So long that the worker gives the rename up, and decides on another.
+        await anyio.sleep(YOUNG.visibility_timeout + 5)
+        assert lost.spent
+        first.faults.remove(away)
+        await deleting.reached.wait()
+        first.kill()
+        async with bed.queue(settings=YOUNG, on_message=succeed):
+            await runs.count(1)
+            await anyio.sleep(60)
+    assert runs.items == [(1, 2)]
+    assert await bed.live() == {}
