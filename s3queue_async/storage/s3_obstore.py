@@ -83,6 +83,8 @@ class ObstoreStorage(S3Storage):
         self._credentials = credentials
         self._signed_by: Any = None
         self._address, self._region = url.partition("?")[0].removesuffix("/key"), scope[1]
+        # obstore reads the environment, too, and refuses to start on what it cannot read there.
+        await self._signed("GET", "key")
 
     async def get(
         self, key: str, *, span: tuple[int, int] | None = None, unless: str | None = None
@@ -162,13 +164,18 @@ class ObstoreStorage(S3Storage):
                     ExpiresIn=int(_SIGNED_FOR.total_seconds()),
                 )
             else:
-                url = sign(await self._signer(), method, path, _SIGNED_FOR)
+                url = await self._signed(method, path)
             sent = body if body is None or len(body) <= RAW_BYTES_MAX else BytesIO(body)
             return await self._http.exchange(method, url, headers, sent)
         except FOREIGN_ERRORS as error:
             raise self._translate(error, operation, key) from error
+
+    async def _signed(self, method: Literal["GET", "PUT", "DELETE"], path: str) -> str:
+        store = await self._signer()
+        try:
+            return sign(store, method, path, _SIGNED_FOR)
         except ObstoreError as error:
-            raise StoreUnavailable(f"obstore cannot sign {operation} of {key!r}: {error}.", retriable=False) from error
+            raise _refused(error) from error
 
     async def _signer(self) -> S3Store:
         """What signs with the credentials of the moment: those of a role are renewed now and then."""
@@ -184,19 +191,22 @@ class ObstoreStorage(S3Storage):
                 }
 
             # Everything that obstore would otherwise take from the environment by itself is named.
-            self._store = S3Store(
-                self.bucket,
-                endpoint=self._address,
-                aws_endpoint_url_s3=self._address,
-                virtual_hosted_style_request=True,
-                region=self._region,
-                request_payer=False,
-                s3_express=False,
-                skip_signature=False,
-                client_options={"allow_http": True},
-                retry_config={"max_retries": 0},
-                credential_provider=current,
-            )
+            try:
+                self._store = S3Store(
+                    self.bucket,
+                    endpoint=self._address,
+                    aws_endpoint_url_s3=self._address,
+                    virtual_hosted_style_request=True,
+                    region=self._region,
+                    request_payer=False,
+                    s3_express=False,
+                    skip_signature=False,
+                    client_options={"allow_http": True},
+                    retry_config={"max_retries": 0},
+                    credential_provider=current,
+                )
+            except ObstoreError as error:
+                raise _refused(error) from error
             self._signed_by = credentials
         return self._store
 
@@ -224,6 +234,16 @@ class ObstoreStorage(S3Storage):
                 names_version=isinstance(when, IfVersion),
             )
         )
+
+
+def _refused(error: ObstoreError) -> StoreUnavailable:
+    # The rest of the text is a dump of obstore's insides.
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return StoreUnavailable(
+        f"obstore cannot sign: {reason}.",
+        retriable=False,
+        suggestion="Correct the environment variable, or use the same url with s3:// instead.",
+    )
 
 
 def _in_its_region(context: dict[str, Any], **rest: Any) -> None:

@@ -66,6 +66,16 @@ async def test_the_environment_does_not_leak_in(monkeypatch: pytest.MonkeyPatch)
     assert fake.requests[0][0].startswith("PUT /bucket/root/k?")
 
 
+async def test_an_environment_that_obstore_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that obstore cannot read is named when the storage is opened, not with the first message."""
+    monkeypatch.setenv("AWS_CHECKSUM_ALGORITHM", "md4")
+    with pytest.raises(StoreUnavailable, match=r"obstore cannot sign.*md4.*use the same url with s3://") as caught:
+        async with serving(ObstoreStorage):
+            pass
+    assert not caught.value.retriable
+    assert "\n" not in str(caught.value)
+
+
 async def test_renewed_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Credentials of a profile that are about to expire are fetched anew, and sign what follows."""
     program = tmp_path / "program.py"
