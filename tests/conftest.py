@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 
 from s3queue_async.storage.s3 import S3Storage
+from s3queue_async.storage.s3_obstore import ObstoreStorage
 from s3queue_async.testing import servers
 
 BUCKET = "s3queue-tests"
@@ -41,19 +42,25 @@ def rclone_server() -> Iterator[servers.Server]:
 _prefixes = count()
 
 
+def _make(kind: type[S3Storage], server: servers.Server) -> S3Storage:
+    return kind(
+        BUCKET,
+        f"test-{next(_prefixes)}/a b",
+        endpoint_url=server.endpoint_url,
+        region=server.region,
+        addressing="path",
+        access_key_id=server.access_key_id,
+        secret_access_key=server.secret_access_key,
+    )
+
+
 @pytest.fixture
 def s3_storage() -> Callable[[servers.Server], S3Storage]:
     """Makes a storage on a server, under a prefix that no other test uses."""
+    return lambda server: _make(S3Storage, server)
 
-    def make(server: servers.Server) -> S3Storage:
-        return S3Storage(
-            BUCKET,
-            f"test-{next(_prefixes)}/a b",
-            endpoint_url=server.endpoint_url,
-            region=server.region,
-            addressing="path",
-            access_key_id=server.access_key_id,
-            secret_access_key=server.secret_access_key,
-        )
 
-    return make
+@pytest.fixture
+def obstore_storage() -> Callable[[servers.Server], S3Storage]:
+    """As ``s3_storage``, by obstore."""
+    return lambda server: _make(ObstoreStorage, server)

@@ -33,7 +33,14 @@ _CREDENTIALS = frozenset(
         "AuthFailure",
     }
 )
-_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
+_REGION = frozenset(
+    {
+        "PermanentRedirect",
+        "AuthorizationHeaderMalformed",
+        "AuthorizationQueryParametersError",
+        "IllegalLocationConstraintException",
+    }
+)
 # Codes of a passing trouble that some stores send under a 4xx status.
 _PASSING = frozenset({"RequestTimeout", "InternalError", "ServiceUnavailable", "IncompleteBody"})
 

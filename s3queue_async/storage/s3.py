@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from calendar import timegm
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime, parsedate_tz
-from functools import lru_cache
+from email.utils import parsedate_to_datetime
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import anyio
 from aiobotocore.config import AioConfig
-from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from aiohttp import ClientError as TransportError
-from aiohttp import ClientSession
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -34,7 +30,9 @@ from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 
 from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
+from s3queue_async.storage._http import SingleTrySession
 from s3queue_async.storage._s3_errors import Failure, classify
+from s3queue_async.storage._s3_replies import date_s, retry_after_s
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Condition,
@@ -54,25 +52,12 @@ if TYPE_CHECKING:
 AddressingStyle = Literal["auto", "path", "virtual"]
 
 # aiohttp warns of larger bodies that are not streams, because one would be copied in a single step.
-_RAW_BYTES_MAX = 1024 * 1024
+RAW_BYTES_MAX = 1024 * 1024
 # Single deletes in flight when the store has no DeleteObjects.
 _DELETES_IN_FLIGHT = 16
 # What stores without DeleteObjects (or without its newer checksums) answer to it.
 _NO_DELETE_OBJECTS = frozenset({"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "501", "405"})
 _CREDENTIALS_ERRORS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError)
-
-
-class _SingleTrySession(AIOHTTPSession):
-    """The HTTP session of aiobotocore without aiohttp's own retry.
-
-    aiohttp sends a PUT or DELETE again by itself when a kept-alive connection turns out to be closed (issues
-    7297 and 10790 there). A conditional write that was sent twice answers 412 to its own success.
-    """
-
-    async def _get_session(self, proxy_url: str | None) -> ClientSession:
-        session: ClientSession = await super()._get_session(proxy_url)  # type: ignore[misc] # not in its stubs
-        session._retry_connection = False
-        return session
 
 
 class S3Storage:
@@ -100,6 +85,8 @@ class S3Storage:
         session_token: What temporary credentials need besides.
         verify: False to accept any TLS certificate, or the path of a bundle of authorities.
     """
+
+    _signature_version: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -154,6 +141,8 @@ class S3Storage:
         """Make the client and look once whether the bucket can be listed; see Storage.open."""
         if self._client is not None:
             return
+        # The stubs know classes only.
+        new_http: Any = self._new_http
         config = AioConfig(
             retries={"total_max_attempts": 1, "mode": "standard"},
             # Newer checksums are unknown to many stores; DeleteObjects, which requires one, still carries it.
@@ -161,7 +150,8 @@ class S3Storage:
             response_checksum_validation="when_required",
             # Every parameter is made here, so checking each costs time for nothing.
             parameter_validation=False,
-            http_session_cls=_SingleTrySession,
+            http_session_cls=new_http,
+            signature_version=self._signature_version,
             **self._config_args,
         )
         async with AsyncExitStack() as stack:
@@ -175,6 +165,7 @@ class S3Storage:
                 session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
                 context = session.create_client("s3", config=config, **self._client_args)
                 client = await stack.enter_async_context(context)
+                await self._connected(session, client)
             except (BotoCoreError, ValueError) as error:
                 raise self._translate(error, "Connect", "") from error
             self._client = client
@@ -184,6 +175,13 @@ class S3Storage:
                 self._client = None
                 raise
             self._exit_stack = stack.pop_all()
+
+    async def _connected(self, session: AioSession, client: S3Client) -> None:
+        """Called when there is a client, before anything is asked of the store."""
+
+    def _new_http(self, **args: Any) -> SingleTrySession:
+        self._http = SingleTrySession(**args)
+        return self._http
 
     async def close(self) -> None:
         """Close all connections. Calling it twice is fine."""
@@ -212,13 +210,13 @@ class S3Storage:
             if status == 416 or code == "InvalidRange":
                 return await self._get_nothing(key)
             raise self._translate(error, "GetObject", key) from error
-        except _FOREIGN_ERRORS as error:
+        except FOREIGN_ERRORS as error:
             raise self._translate(error, "GetObject", key) from error
         return Stored(key, body, reply["ETag"], reply["LastModified"].timestamp(), _date_s(reply))
 
     async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
         """Write an object whole; see Storage.put."""
-        sent = body if len(body) <= _RAW_BYTES_MAX else BytesIO(body)
+        sent = body if len(body) <= RAW_BYTES_MAX else BytesIO(body)
         args: dict[str, Any] = {"Bucket": self.bucket, "Key": self._root + key, "Body": sent}
         match when:
             case IfAbsent():
@@ -230,7 +228,7 @@ class S3Storage:
         client = self._opened()
         try:
             reply = await client.put_object(**args)
-        except _FOREIGN_ERRORS as error:
+        except FOREIGN_ERRORS as error:
             raise self._translate(error, "PutObject", key, when=when) from error
         version = reply.get("ETag")
         if not version:
@@ -245,7 +243,7 @@ class S3Storage:
         client = self._opened()
         try:
             reply = await client.delete_object(**args)
-        except _FOREIGN_ERRORS as error:
+        except FOREIGN_ERRORS as error:
             if when is None and isinstance(error, ClientError) and _status_and_code(error)[1] == "NoSuchKey":
                 return Deleted(_date_s(error.response))
             raise self._translate(error, "DeleteObject", key, when=when) from error
@@ -261,7 +259,7 @@ class S3Storage:
         objects: Any = [{"Key": self._root + key} for key in keys]
         try:
             reply = await client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
-        except _FOREIGN_ERRORS as error:
+        except FOREIGN_ERRORS as error:
             if isinstance(error, ClientError) and not _NO_DELETE_OBJECTS.isdisjoint(map(str, _status_and_code(error))):
                 self._has_delete_objects = False
                 return await self._delete_each(keys)
@@ -283,32 +281,37 @@ class S3Storage:
 
     async def list(self, prefix: str, *, after: str = "", limit: int = LIST_LIMIT_MAX) -> Page:
         """List keys in order; see Storage.list."""
-        args: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self._root + prefix, "MaxKeys": limit}
-        if after:
-            args["StartAfter"] = self._root + after
         client = self._opened()
         try:
-            reply = await client.list_objects_v2(**args)
-        except _FOREIGN_ERRORS as error:
+            reply = await client.list_objects_v2(**self._list_args(prefix, after, limit))
+        except FOREIGN_ERRORS as error:
             raise self._translate(error, "ListObjectsV2", prefix) from error
         skip = len(self._root)
         entries = [
             Entry(found["Key"][skip:], found["ETag"], found["Size"], found["LastModified"].timestamp())
             for found in reply.get("Contents", ())
         ]
-        more = reply.get("IsTruncated", False)
+        return self._page(prefix, entries, reply.get("IsTruncated", False), _date_s(reply))
+
+    def _list_args(self, prefix: str, after: str, limit: int) -> dict[str, Any]:
+        args: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self._root + prefix, "MaxKeys": limit}
+        if after:
+            args["StartAfter"] = self._root + after
+        return args
+
+    def _page(self, prefix: str, entries: Sequence[Entry], more: bool, answered_s: float | None) -> Page:
         if more and not entries:
             # Nothing to go on from: a caller would ask for the same page for ever.
             raise StoreUnavailable(
                 f"The store answered ListObjectsV2 of {prefix!r} with an empty page, but more to come."
             )
-        return Page(entries, more, _date_s(reply))
+        return Page(entries, more, answered_s)
 
     async def _get_nothing(self, key: str) -> Stored:
         """Read the version of an object that ends before the bytes that were asked for."""
         try:
             reply = await self._opened().head_object(Bucket=self.bucket, Key=self._root + key)
-        except _FOREIGN_ERRORS as error:
+        except FOREIGN_ERRORS as error:
             raise self._translate(error, "HeadObject", key) from error
         return Stored(key, b"", reply["ETag"], reply["LastModified"].timestamp(), _date_s(reply))
 
@@ -355,7 +358,7 @@ class S3Storage:
                     code=code,
                     message=error.response.get("Error", {}).get("Message", ""),
                     date_s=_date_s(error.response),
-                    retry_after_s=_retry_after_s(headers.get("retry-after")),
+                    retry_after_s=retry_after_s(headers.get("retry-after")),
                     conditional=when is not None,
                     names_version=isinstance(when, IfVersion),
                 )
@@ -382,7 +385,7 @@ _TO_STREAM: Any = convert_body_to_file_like_object
 _ASK_FIRST: Any = add_expect_header
 
 # Whatever aiobotocore lets through; aiohttp's and the system's own errors appear while a body is being read.
-_FOREIGN_ERRORS = (
+FOREIGN_ERRORS = (
     ClientError,
     BotoCoreError,
     HTTPClientError,
@@ -399,14 +402,7 @@ def _status_and_code(error: ClientError) -> tuple[int, str]:
 
 
 def _date_s(reply: Any) -> float | None:
-    return _parse_date(reply["ResponseMetadata"].get("HTTPHeaders", {}).get("date"))
-
-
-@lru_cache(maxsize=16)
-def _parse_date(text: str | None) -> float | None:
-    # Cached, because the same second comes back with every reply of that second.
-    parts = None if text is None else parsedate_tz(text)
-    return None if parts is None else float(timegm((*parts[:6], 0, 0, 0)) - (parts[9] or 0))
+    return date_s(reply["ResponseMetadata"].get("HTTPHeaders", {}).get("date"))
 
 
 def _parse_timestamp(value: Any) -> datetime:
@@ -419,11 +415,3 @@ def _parse_timestamp(value: Any) -> datetime:
             return parsedate_to_datetime(value)
     parsed: datetime = parse_timestamp(value)
     return parsed
-
-
-def _retry_after_s(text: str | None) -> float | None:
-    # The other form, an HTTP date, is of no use without a wall clock.
-    try:
-        return None if text is None else max(0.0, float(text))
-    except ValueError:
-        return None

@@ -57,10 +57,12 @@ async def test_accepts_sqlite(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("client", ["s3_storage", "obstore_storage"])
 @pytest.mark.parametrize("name", ["moto_server", "seaweedfs"])
-async def test_accepts_s3(name: str, request: pytest.FixtureRequest, s3_storage: MakeS3) -> None:
-    """Moto and SeaweedFS keep all conditions, and nothing of the probe stays."""
-    storage = s3_storage(request.getfixturevalue(name))
+async def test_accepts_s3(name: str, client: str, request: pytest.FixtureRequest) -> None:
+    """Moto and SeaweedFS keep all conditions, whoever asks, and nothing of the probe stays."""
+    make: MakeS3 = request.getfixturevalue(client)
+    storage = make(request.getfixturevalue(name))
     await storage.open()
     assert (await probe(storage, random=random.Random(1))).conditional_delete
     assert await keys_of(storage) == []
@@ -68,9 +70,11 @@ async def test_accepts_s3(name: str, request: pytest.FixtureRequest, s3_storage:
 
 
 @pytest.mark.integration
-async def test_refuses_rclone(rclone_server: Server, s3_storage: MakeS3) -> None:
+@pytest.mark.parametrize("client", ["s3_storage", "obstore_storage"])
+async def test_refuses_rclone(rclone_server: Server, client: str, request: pytest.FixtureRequest) -> None:
     """Rclone's S3 server ignores conditions: refused with its answer and the fix, and no object stays."""
-    storage = s3_storage(rclone_server)
+    make: MakeS3 = request.getfixturevalue(client)
+    storage = make(rclone_server)
     await storage.open()
     with pytest.raises(StoreUnsupported, match=r"If-None-Match: \* on a key that exists with success.*SeaweedFS"):
         await probe(storage, random=random.Random(1))

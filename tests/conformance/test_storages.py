@@ -73,6 +73,32 @@ class TestSeaweedFS(StorageConformance):
         await storage.close()
 
 
+@pytest.mark.integration
+class TestMotoByObstore(StorageConformance):
+    @pytest.fixture
+    async def storage(
+        self, moto_server: Server, obstore_storage: Callable[[Server], S3Storage]
+    ) -> AsyncIterator[Storage]:
+        storage = obstore_storage(moto_server)
+        await storage.open()
+        yield storage
+        await storage.close()
+
+
+@pytest.mark.integration
+class TestSeaweedFSByObstore(StorageConformance):
+    byte_order_across_levels = False
+
+    @pytest.fixture
+    async def storage(
+        self, seaweedfs: Server, obstore_storage: Callable[[Server], S3Storage]
+    ) -> AsyncIterator[Storage]:
+        storage = obstore_storage(seaweedfs)
+        await storage.open()
+        yield storage
+        await storage.close()
+
+
 _WRAPPERS: dict[str, Callable[[Storage], Storage]] = {
     "metered": MeteredStorage,
     "throttled": lambda storage: ThrottledStorage(storage, clock=SystemClock()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from s3queue_async.errors import InvalidURL
 from s3queue_async.storage.memory import MemoryStorage
 from s3queue_async.storage.open import storage_from_url
 from s3queue_async.storage.s3 import S3Storage
+from s3queue_async.storage.s3_obstore import ObstoreStorage
 from s3queue_async.storage.sqlite import SqliteStorage
 
 
@@ -70,6 +72,29 @@ def test_s3_without_a_prefix(url: str) -> None:
     assert (storage.bucket, storage.prefix) == ("bucket", "")
 
 
+def test_s3_by_obstore() -> None:
+    """It takes the parameters of s3: urls, every one of them."""
+    rest = (
+        "://b/p?endpoint_url=http://h&region=r&addressing=path&max_connections=5&connect_timeout=1&read_timeout=2"
+        "&verify=false&profile=p"
+    )
+    storage, other = storage_from_url(f"s3+obstore{rest}"), storage_from_url(f"s3{rest}")
+    assert isinstance(storage, ObstoreStorage)
+    assert isinstance(other, S3Storage)
+    assert (storage.bucket, storage.prefix, storage.endpoint_url) == ("b", "p", "http://h")
+    assert (storage._client_args, storage._config_args) == (other._client_args, other._config_args)
+    assert repr(storage) == "<ObstoreStorage s3+obstore://b/p at http://h>"
+
+
+def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra the url says what to install; s3: works as before."""
+    monkeypatch.delitem(sys.modules, "s3queue_async.storage.s3_obstore")
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(InvalidURL, match=r"pip install 's3queue-async\[obstore\]'.*s3://"):
+        storage_from_url("s3+obstore://bucket")
+    assert isinstance(storage_from_url("s3://bucket"), S3Storage)
+
+
 def test_memory() -> None:
     """A name is shared; none makes a storage of its own."""
     storage, other = storage_from_url("memory://name"), storage_from_url("memory://")
@@ -82,11 +107,13 @@ def test_memory() -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("", "unknown scheme ''; it must be one of s3:, sqlite:, memory:"),
+        ("", "unknown scheme ''; it must be one of s3:, s3+obstore:, sqlite:, memory:"),
         ("bucket/prefix", "unknown scheme 'bucket/prefix'"),
         ("redis://host", "unknown scheme 'redis'"),
         ("s3:///prefix", "bucket is missing; write s3://bucket/prefix"),
         ("s3:bucket", "bucket is missing"),
+        ("s3+obstore:///prefix", "bucket is missing; write s3+obstore://bucket/prefix"),
+        ("s3+obstore://bucket/p?regoin=x", "unknown parameter 'regoin'; it must be one of endpoint_url, region"),
         ("s3://?region=x", "bucket is missing"),
         ("s3://bucket/p?regoin=x", "unknown parameter 'regoin'; it must be one of endpoint_url, region"),
         ("s3://bucket/p?region=", "region='' must be a text of one character or more"),

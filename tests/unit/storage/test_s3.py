@@ -1,11 +1,11 @@
-"""S3Storage at its border: what is sent, how often, and what becomes of each kind of failure."""
+"""Both S3 clients at their border: what is sent, how often, and what becomes of each kind of failure."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from urllib.parse import parse_qsl, quote
 
 import anyio
 import pytest
@@ -13,91 +13,35 @@ import pytest
 from s3queue_async.errors import StoreUnavailable, StoreUnsupported, Throttled
 from s3queue_async.storage.base import Conflict, IfAbsent, IfVersion, PreconditionFailed, Stored, Unmodified
 from s3queue_async.storage.s3 import S3Storage
+from s3queue_async.storage.s3_obstore import ObstoreStorage
 from s3queue_async.testing import servers
 from s3queue_async.testing.conformance import keys_of, put_all
 from tests.conftest import BUCKET, READER
+from tests.unit.storage.fake_s3 import (
+    CUT,
+    DATE,
+    DATE_S,
+    EMPTY_LIST,
+    Client,
+    error_reply,
+    listening,
+    make_storage,
+    serving,
+)
 
 MakeS3 = Callable[[servers.Server], S3Storage]
 
-_DATE = "Wed, 01 Jan 2025 00:00:07 GMT"
-_DATE_S = 1735689607.0
-_CUT = "X-Closes-Afterwards"
-_Reply = tuple[int, dict[str, str], bytes]
-_EMPTY_LIST: _Reply = (200, {}, b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+
+@pytest.fixture(params=[S3Storage, ObstoreStorage])
+def client(request: pytest.FixtureRequest) -> Client:
+    """Both clients, which must not differ in anything that is tested here."""
+    kind: Client = request.param
+    return kind
 
 
-def _error(status: int, code: str, **headers: str) -> _Reply:
-    return status, headers, f"<Error><Code>{code}</Code><Message>it says</Message></Error>".encode()
-
-
-class _FakeServer:
-    """An HTTP server that answers from a list; None closes the connection instead of answering."""
-
-    def __init__(self) -> None:
-        self.replies: list[_Reply | None] = []
-        self.requests: list[tuple[str, dict[str, str], bytes]] = []
-        self.received = asyncio.Event()
-        self.url = ""
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while await self._serve_one(reader, writer):
-                pass
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
-        body = await reader.readexactly(int(headers.get("content-length", "0")))
-        self.requests.append((head[0], headers, body))
-        self.received.set()
-        reply = self.replies.pop(0)
-        if reply is None:
-            return False
-        status, extra, content = reply
-        lines = {"Date": _DATE, "Content-Length": str(len(content)), **extra}
-        writer.write(f"HTTP/1.1 {status} X\r\n".encode())
-        writer.write("".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode() + b"\r\n" + content)
-        await writer.drain()
-        return _CUT not in extra
-
-
-@asynccontextmanager
-async def _serving() -> AsyncIterator[tuple[_FakeServer, S3Storage]]:
-    fake = _FakeServer()
-    server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
-    fake.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    storage = _storage(fake.url)
-    fake.replies.append(_EMPTY_LIST)
-    await storage.open()
-    fake.requests.clear()
-    try:
-        yield fake, storage
-    finally:
-        await storage.close()
-        server.close()
-        await server.wait_closed()
-
-
-def _storage(url: str, **options: float) -> S3Storage:
-    return S3Storage(
-        "bucket",
-        "root",
-        endpoint_url=url,
-        region="us-east-1",
-        addressing="path",
-        access_key_id="key",
-        secret_access_key="secret",
-        **options,  # type: ignore[arg-type]
-    )
-
-
-async def test_a_put_is_sent_once_on_a_dead_connection() -> None:
+async def test_a_put_is_sent_once_on_a_dead_connection(client: Client) -> None:
     """A kept connection that the server closed: aiohttp would send the PUT again, this storage must not."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         fake.replies += [None, (200, {"ETag": '"1"'}, b"")]
         with pytest.raises(StoreUnavailable, match="got no reply") as caught:
             await storage.put("k", b"body", when=IfAbsent())
@@ -107,28 +51,28 @@ async def test_a_put_is_sent_once_on_a_dead_connection() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503, 502, 429])
-async def test_an_error_is_not_tried_again(status: int) -> None:
+async def test_an_error_is_not_tried_again(client: Client, status: int) -> None:
     """Each call is one request, whatever the store answers."""
-    async with _serving() as (fake, storage):
-        fake.replies += [_error(status, "InternalError"), (200, {"ETag": '"1"'}, b"")]
+    async with serving(client) as (fake, storage):
+        fake.replies += [error_reply(status, "InternalError"), (200, {"ETag": '"1"'}, b"")]
         with pytest.raises((StoreUnavailable, Throttled)):
             await storage.put("k", b"body")
         assert len(fake.requests) == 1
 
 
-async def test_a_put_goes_out_whole() -> None:
+async def test_a_put_goes_out_whole(client: Client) -> None:
     """A PUT carries its condition and its body without asking for leave first, and no checksum trailer."""
     large = b"large" * 500_000
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         fake.replies += [(200, {"ETag": '"1"'}, b"")] * 2 + [(204, {}, b""), (200, {"ETag": '"1"'}, b"")]
-        assert (await storage.put("a b", b"body", when=IfAbsent())).date_s == _DATE_S
+        assert (await storage.put("a b", b"body", when=IfAbsent())).date_s == DATE_S
         await storage.put("a b", b"", when=IfVersion('"1"'))
         await storage.delete("a b", when=IfVersion('"2"'))
         await storage.put("large", large)
     (line, headers, body), (_, second, _), (third_line, third, _), (_, fourth, large_body) = fake.requests
     assert large_body == large
     assert "expect" not in fourth
-    assert line == "PUT /bucket/root/a%20b HTTP/1.1"
+    assert line.removesuffix(" HTTP/1.1").partition("?")[0] == "PUT /bucket/root/a%20b"
     assert body == b"body"
     assert headers["if-none-match"] == "*"
     assert "expect" not in headers
@@ -138,35 +82,35 @@ async def test_a_put_goes_out_whole() -> None:
     assert third["if-match"] == '"2"'
 
 
-async def test_errors_carry_the_date() -> None:
+async def test_errors_carry_the_date(client: Client) -> None:
     """Refusals carry the store's time; 409 and an error under status 200 are told by their codes."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         fake.replies += [
-            _error(412, "PreconditionFailed"),
-            _error(409, "ConditionalRequestConflict"),
-            _error(404, "NoSuchKey"),
-            _error(200, "PreconditionFailed"),
+            error_reply(412, "PreconditionFailed"),
+            error_reply(409, "ConditionalRequestConflict"),
+            error_reply(404, "NoSuchKey"),
+            error_reply(200, "PreconditionFailed"),
             (304, {"ETag": '"1"'}, b""),
         ]
         with pytest.raises(PreconditionFailed) as refused:
             await storage.put("k", b"", when=IfAbsent())
-        assert refused.value.date_s == _DATE_S
+        assert refused.value.date_s == DATE_S
         with pytest.raises(Conflict) as conflict:
             await storage.put("k", b"", when=IfAbsent())
-        assert conflict.value.date_s == _DATE_S
+        assert conflict.value.date_s == DATE_S
         with pytest.raises(PreconditionFailed):
             await storage.put("k", b"", when=IfVersion('"1"'))
         with pytest.raises(PreconditionFailed):
             await storage.put("k", b"", when=IfAbsent())
-        assert await storage.get("k", unless='"1"') == Unmodified(_DATE_S)
+        assert await storage.get("k", unless='"1"') == Unmodified(DATE_S)
 
 
-async def test_retry_after() -> None:
+async def test_retry_after(client: Client) -> None:
     """What the store asks for is handed on; a date is not, as there is no wall clock."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         fake.replies += [
-            _error(503, "SlowDown", **{"Retry-After": "3"}),
-            _error(503, "SlowDown", **{"Retry-After": _DATE}),
+            error_reply(503, "SlowDown", **{"Retry-After": "3"}),
+            error_reply(503, "SlowDown", **{"Retry-After": DATE}),
         ]
         for expected in (3.0, None):
             with pytest.raises(Throttled) as caught:
@@ -174,33 +118,33 @@ async def test_retry_after() -> None:
             assert caught.value.retry_after_s == expected
 
 
-async def test_a_body_that_is_cut_off() -> None:
+async def test_a_body_that_is_cut_off(client: Client) -> None:
     """A reply whose body breaks off is no reply, and the next request works."""
-    async with _serving() as (fake, storage):
-        extra = {"ETag": '"1"', "Last-Modified": _DATE}
-        fake.replies += [(200, {**extra, "Content-Length": "100", _CUT: ""}, b"half"), (200, extra, b"whole")]
+    async with serving(client) as (fake, storage):
+        extra = {"ETag": '"1"', "Last-Modified": DATE}
+        fake.replies += [(200, {**extra, "Content-Length": "100", CUT: ""}, b"half"), (200, extra, b"whole")]
         with pytest.raises(StoreUnavailable, match="got no reply"):
             await storage.get("k")
         found = await storage.get("k")
         assert isinstance(found, Stored)
-        assert (found.body, found.modified_s) == (b"whole", _DATE_S)
+        assert (found.body, found.modified_s) == (b"whole", DATE_S)
 
 
-async def test_delete_many_falls_back() -> None:
+async def test_delete_many_falls_back(client: Client) -> None:
     """A store without DeleteObjects gets single deletes, also the next time; the first error is raised."""
-    async with _serving() as (fake, storage):
-        fake.replies += [_error(501, "NotImplemented"), (204, {}, b""), (204, {}, b"")]
-        assert (await storage.delete_many(["a", "b"])).date_s == _DATE_S
-        fake.replies += [(204, {}, b""), _error(403, "AccessDenied")]
+    async with serving(client) as (fake, storage):
+        fake.replies += [error_reply(501, "NotImplemented"), (204, {}, b""), (204, {}, b"")]
+        assert (await storage.delete_many(["a", "b"])).date_s == DATE_S
+        fake.replies += [(204, {}, b""), error_reply(403, "AccessDenied")]
         with pytest.raises(StoreUnavailable, match="Access denied to DeleteObject "):
             await storage.delete_many(["a", "b"])
     methods = [line.split()[0] for line, _, _ in fake.requests]
     assert methods == ["POST", "DELETE", "DELETE", "DELETE", "DELETE"]
 
 
-async def test_delete_many_with_errors_inside() -> None:
+async def test_delete_many_with_errors_inside(client: Client) -> None:
     """An error for one key inside a successful reply is raised; a missing key is none."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         missing = "<Error><Key>root/a</Key><Code>NoSuchKey</Code><Message/></Error>"
         denied = "<Error><Key>root/b</Key><Code>AccessDenied</Code><Message>no</Message></Error>"
         slow = "<Error><Key>root/b</Key><Code>SlowDown</Code><Message>no</Message></Error>"
@@ -214,19 +158,19 @@ async def test_delete_many_with_errors_inside() -> None:
     assert any(name.startswith("x-amz-checksum") or name == "content-md5" for name in fake.requests[0][1])
 
 
-async def test_a_store_without_versions() -> None:
+async def test_a_store_without_versions(client: Client) -> None:
     """A PUT that is answered without an ETag, or a condition that is not implemented: unsupported."""
-    async with _serving() as (fake, storage):
-        fake.replies += [(200, {}, b""), _error(501, "NotImplemented")]
+    async with serving(client) as (fake, storage):
+        fake.replies += [(200, {}, b""), error_reply(501, "NotImplemented")]
         with pytest.raises(StoreUnsupported, match="without an ETag"):
             await storage.put("k", b"")
         with pytest.raises(StoreUnsupported, match="does not implement conditional"):
             await storage.put("k", b"", when=IfAbsent())
 
 
-async def test_nonsense_replies() -> None:
+async def test_nonsense_replies(client: Client) -> None:
     """Replies that are no S3 at all are failures of the store, not crashes."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         fake.replies += [
             (200, {}, b"<html>not xml"),
             (200, {}, b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"),
@@ -242,9 +186,9 @@ async def test_nonsense_replies() -> None:
         assert caught.value.retriable
 
 
-async def test_cancelled_before_the_reply() -> None:
+async def test_cancelled_before_the_reply(client: Client) -> None:
     """A call that is cancelled while it waits for the reply leaves no connection behind, and the client usable."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         hang = asyncio.Event()
         original = fake._serve_one
 
@@ -275,32 +219,32 @@ async def test_cancelled_before_the_reply() -> None:
     gc.collect()
 
 
-async def test_unreachable() -> None:
+async def test_unreachable(client: Client) -> None:
     """Nobody listens: retriable, and the endpoint is named."""
     (port,) = servers.free_ports(1)
     with pytest.raises(StoreUnavailable, match=f"got no reply.*127.0.0.1:{port}") as caught:
-        await _storage(f"http://127.0.0.1:{port}").open()
+        await make_storage(client, f"http://127.0.0.1:{port}").open()
     assert caught.value.retriable
 
 
-async def test_a_store_that_does_not_answer() -> None:
+async def test_a_store_that_does_not_answer(client: Client) -> None:
     """A store that accepts connections and says nothing: retriable, after the read timeout."""
     with anyio.fail_after(20):
         async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
             port = listener.extra(anyio.abc.SocketAttribute.local_port)
             with pytest.raises(StoreUnavailable, match="imeout") as caught:
-                await _storage(f"http://127.0.0.1:{port}", read_timeout_s=0.2).open()
+                await make_storage(client, f"http://127.0.0.1:{port}", read_timeout_s=0.2).open()
             assert caught.value.retriable
 
 
-async def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_credentials(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """No credentials anywhere: not retriable, and it says where they would come from."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere/config")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere/credentials")
-    storage = S3Storage("bucket", endpoint_url="http://127.0.0.1:9", region="us-east-1")
+    storage = client("bucket", endpoint_url="http://127.0.0.1:9", region="us-east-1")
     with pytest.raises(StoreUnavailable, match=r"no usable AWS credentials.*AWS_ACCESS_KEY_ID") as caught:
         await storage.open()
     assert not caught.value.retriable
@@ -315,17 +259,101 @@ async def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"bucket": "bucket", "endpoint_url": "127.0.0.1:9"}, "Invalid endpoint"),
     ],
 )
-async def test_what_cannot_work(options: dict[str, str], message: str) -> None:
+async def test_what_cannot_work(client: Client, options: dict[str, str], message: str) -> None:
     """A bucket's name, a profile or an endpoint that cannot be: not retriable, and named."""
-    storage = S3Storage(**{"region": "us-east-1", "access_key_id": "a", "secret_access_key": "b", **options})  # type: ignore[arg-type]
+    storage = client(**{"region": "us-east-1", "access_key_id": "a", "secret_access_key": "b", **options})  # type: ignore[arg-type]
     with pytest.raises(StoreUnavailable, match=message) as caught:
         await storage.open()
     assert not caught.value.retriable
 
 
-async def test_must_be_open() -> None:
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ({"endpoint_url": "http://store.test", "addressing": "virtual"}, "http://bucket.store.test/"),
+        ({"endpoint_url": "http://store.test:81/api", "addressing": "path"}, "http://store.test:81/api/bucket"),
+        ({"endpoint_url": "http://10.0.0.1", "addressing": "auto"}, "http://10.0.0.1/bucket"),
+        ({"endpoint_url": None, "addressing": "auto", "region": "eu-west-1"}, "bucket.s3.eu-west-1.amazonaws.com:443"),
+        ({"endpoint_url": None, "addressing": "path", "region": "eu-west-1"}, "s3.eu-west-1.amazonaws.com:443"),
+    ],
+)
+async def test_addresses_and_proxies(
+    client: Client, options: dict[str, str], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request goes to the bucket's address, through the proxy that the environment names."""
+    async with listening() as proxy:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv(name.lower(), proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        storage = make_storage(client, "", **options)
+        refused = (407, {CUT: ""}, b"")
+        if address.startswith("http:"):
+            proxy.replies += [EMPTY_LIST, (200, {"ETag": '"1"'}, b""), refused]
+            await storage.open()
+            await storage.put("k", b"")
+            with pytest.raises(StoreUnavailable):
+                await storage.get("k")
+            await storage.close()
+            expected = [f"GET {address}?", f"PUT {address.rstrip('/')}/root/k", f"GET {address.rstrip('/')}/root/k"]
+        else:
+            proxy.replies += [refused]
+            with pytest.raises(StoreUnavailable):
+                await storage.open()
+            expected = [f"CONNECT {address}"]
+    lines = [line for line, _, _ in proxy.requests]
+    assert len(lines) == len(expected)
+    for line, beginning in zip(lines, expected, strict=True):
+        assert line.startswith(beginning)
+
+
+async def test_odd_keys_are_sent_as_they_are(client: Client) -> None:
+    """Neither a slash nor a dot of a key is taken for a step in a path."""
+    keys = ["a//b", "a/./b", "a/../b", "/a", "a/", "..", "tab\t", "a b+c%d", "é"]
+    async with serving(client) as (fake, storage):
+        fake.replies += [(204, {}, b"")] * len(keys)
+        for key in keys:
+            await storage.delete(key)
+    lines = [line.removesuffix(" HTTP/1.1").partition("?")[0] for line, _, _ in fake.requests]
+    assert lines == [f"DELETE /bucket/root/{quote(key)}" for key in keys]
+
+
+@pytest.mark.parametrize("pretty", [False, True])
+async def test_listings(client: Client, pretty: bool) -> None:
+    """A listing is read with whatever else stores put into it: encoded keys, owners, white space."""
+    entries = "".join(
+        f"<Contents><Key>root%2Fa+%2B%C3%A9%26{n}</Key><LastModified>2025-01-01T00:00:07{zone}</LastModified>"
+        f"<ETag>&quot;{n}&quot;</ETag><Size>{n}</Size><Owner><ID>someone</ID><DisplayName/></Owner></Contents>"
+        for n, zone in enumerate(["Z", ".250Z", "+00:00"])
+    )
+    text = (
+        '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<Name>bucket</Name><Prefix>root%2Fa</Prefix><KeyCount>3</KeyCount><EncodingType>url</EncodingType>{entries}"
+        "<IsTruncated>true</IsTruncated><CommonPrefixes><Prefix>p</Prefix></CommonPrefixes></ListBucketResult>"
+    )
+    async with serving(client) as (fake, storage):
+        fake.replies.append((200, {}, (text.replace("><", ">\n  <") if pretty else text).encode()))
+        page = await storage.list("a", after="a", limit=3)
+    (line, _, _) = fake.requests[0]
+    assert page.more
+    assert page.date_s == DATE_S
+    assert [(entry.key, entry.version, entry.size) for entry in page.entries] == [
+        (f"a +é&{n}", f'"{n}"', n) for n in range(3)
+    ]
+    assert [entry.modified_s for entry in page.entries] == [DATE_S, DATE_S + 0.25, DATE_S]
+    query = dict(parse_qsl(line.removesuffix(" HTTP/1.1").partition("?")[2]))
+    assert {name: query[name] for name in ("list-type", "prefix", "start-after", "max-keys")} == {
+        "list-type": "2",
+        "prefix": "root/a",
+        "start-after": "root/a",
+        "max-keys": "3",
+    }
+
+
+async def test_must_be_open(client: Client) -> None:
     """Before open and after close every call says so; opening twice is fine."""
-    async with _serving() as (fake, storage):
+    async with serving(client) as (fake, storage):
         await storage.open()
         assert fake.requests == []
         await storage.close()
@@ -334,10 +362,10 @@ async def test_must_be_open() -> None:
 
 
 @pytest.mark.integration
-async def test_missing_bucket(seaweedfs: servers.Server, moto_server: servers.Server) -> None:
+async def test_missing_bucket(client: Client, seaweedfs: servers.Server, moto_server: servers.Server) -> None:
     """A bucket that does not exist is named when the storage is opened."""
     for server in (seaweedfs, moto_server):
-        storage = S3Storage(
+        storage = client(
             "no-such-bucket",
             endpoint_url=server.endpoint_url,
             region=server.region,
@@ -358,9 +386,11 @@ async def test_missing_bucket(seaweedfs: servers.Server, moto_server: servers.Se
         (READER, servers.SECRET_KEY, r"Access denied to ListObjectsV2 on bucket .*s3:ListBucket"),
     ],
 )
-async def test_refused(seaweedfs: servers.Server, access_key_id: str, secret_access_key: str, message: str) -> None:
+async def test_refused(
+    client: Client, seaweedfs: servers.Server, access_key_id: str, secret_access_key: str, message: str
+) -> None:
     """Unknown key, wrong secret, no right to list: each is told apart when the storage is opened."""
-    storage = S3Storage(
+    storage = client(
         BUCKET,
         endpoint_url=seaweedfs.endpoint_url,
         region=seaweedfs.region,
@@ -374,13 +404,13 @@ async def test_refused(seaweedfs: servers.Server, access_key_id: str, secret_acc
 
 @pytest.mark.integration
 async def test_credentials_from_the_environment(
-    seaweedfs: servers.Server, s3_storage: MakeS3, monkeypatch: pytest.MonkeyPatch
+    client: Client, seaweedfs: servers.Server, s3_storage: MakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without explicit credentials the AWS chain supplies them."""
     for name, value in seaweedfs.environment().items():
         monkeypatch.setenv(name, value)
     named = s3_storage(seaweedfs)
-    storage = S3Storage(BUCKET, named.prefix, endpoint_url=seaweedfs.endpoint_url)
+    storage = client(BUCKET, named.prefix, endpoint_url=seaweedfs.endpoint_url)
     await storage.open()
     await put_all(storage, ["a", "b"])
     assert await keys_of(storage) == ["a", "b"]
