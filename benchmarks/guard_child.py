@@ -23,8 +23,8 @@ from benchmarks.guard_workloads import STORE_COUNTS, WORKLOADS, Bench, nothing_b
 
 MARK = "getsid"
 """The C library's function that callgrind waits for: nothing else here calls it."""
-WARM_UP = 32
-"""Messages before those that count: what Python does at first calls only is done by then."""
+WARM_UP_MIN, WARM_UP_PART = 8, 8
+"""So many messages before those that count, or an eighth of them: what Python does at first calls is done by then."""
 PROFILE_LINES = 60
 
 
@@ -78,7 +78,8 @@ def marked(name: str) -> None:
         gc.freeze()
         mark(bench)
 
-    for messages in (WARM_UP, workload.messages_slow, 2 * workload.messages_slow):
+    warm_up = max(WARM_UP_MIN, workload.messages_slow // WARM_UP_PART)
+    for messages in (warm_up, workload.messages_slow, 2 * workload.messages_slow):
         run(workload, messages, begin, mark)
         gc.unfreeze()
 

@@ -243,13 +243,13 @@ class Workload:
 
 
 WORKLOADS = {
-    "enqueue, 256 a segment": Workload(nothing_before, enqueue_burst, 25_600, 1024),
-    "enqueue, 32 callers": Workload(nothing_before, enqueue_together, 6_400, 320),
-    "enqueue, one by one": Workload(nothing_before, enqueue_singles, 1_000, 40),
-    "process, 256 a segment": Workload(enqueue_burst, process, 25_600, 1024),
-    "process, 1 a segment": Workload(enqueue_singles, process, 1_000, 40),
-    "one by one in one process": Workload(nothing_before, one_process, 500, 30),
-    "retry once, 256 a segment": Workload(enqueue_burst, retry, 5_120, 512),
+    "enqueue, 256 a segment": Workload(nothing_before, enqueue_burst, 25_600, 512),
+    "enqueue, 32 callers": Workload(nothing_before, enqueue_together, 6_400, 256),
+    "enqueue, one by one": Workload(nothing_before, enqueue_singles, 1_000, 24),
+    "process, 256 a segment": Workload(enqueue_burst, process, 25_600, 512),
+    "process, 1 a segment": Workload(enqueue_singles, process, 1_000, 24),
+    "one by one in one process": Workload(nothing_before, one_process, 500, 16),
+    "retry once, 256 a segment": Workload(enqueue_burst, retry, 5_120, 256),
     "4 workers, a coordinator": Workload(nothing_before, cluster, 600, None),
     "2 idle workers": Workload(nothing_before, idle, 60, None, unit="minute"),
 }
