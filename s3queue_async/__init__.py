@@ -43,6 +43,7 @@ from s3queue_async.message import (
     WorkerInfo,
 )
 from s3queue_async.queue import S3Queue
+from s3queue_async.scheduling import Schedule
 from s3queue_async.settings import Settings
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.plugin import PluginStorage
@@ -84,6 +85,7 @@ __all__ = [
     "Release",
     "Retry",
     "S3Queue",
+    "Schedule",
     "Settings",
     "Storage",
     "StoreUnavailable",
