@@ -1,7 +1,9 @@
 """An asyncio-native job queue that lives in an S3 bucket."""
 
+from s3queue_async.blocking import SyncS3Queue
 from s3queue_async.dead_letters import DeadLetters
 from s3queue_async.errors import (
+    BlocksEventLoop,
     CorruptObject,
     DecryptionFailed,
     ExtraMissing,
@@ -51,6 +53,7 @@ from s3queue_async.storage.plugin import PluginStorage
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlocksEventLoop",
     "CompletedMessage",
     "Context",
     "CorruptObject",
@@ -90,6 +93,7 @@ __all__ = [
     "Storage",
     "StoreUnavailable",
     "StoreUnsupported",
+    "SyncS3Queue",
     "Throttled",
     "Tracing",
     "UnknownSetting",

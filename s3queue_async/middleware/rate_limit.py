@@ -37,7 +37,7 @@ class RateLimit:
 
     def __init__(self, rate: float, *, per: float | timedelta = 1.0, burst: int = 1) -> None:
         per_s = seconds("per", per)
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= RATE_MAX:
+        if isinstance(rate, bool) or not 0 < rate <= RATE_MAX:
             raise InvalidSettings(f"rate={rate!r} must be a number above 0, up to {RATE_MAX:,.0f}.")
         if per_s <= 0:
             raise InvalidSettings(f"per={per!r} must be above 0 seconds.")

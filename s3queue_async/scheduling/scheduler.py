@@ -42,6 +42,8 @@ CATCH_UP_AT_ONCE = 100
 FRESH_S = DEDUP_WINDOW_MIN_S / 4
 """How old the look may be on which a tick is enqueued: within the window of whoever enqueued it since."""
 WAIT_MIN_S = 0.001
+STOP_WITHIN_S = 5.0
+"""How long a drain waits for a tick under way; cut off there, it is left to the next process that looks."""
 
 HEADER_NAME = "s3queue-schedule"
 HEADER_TICK = "s3queue-tick"
@@ -155,10 +157,11 @@ class Scheduler:
         self._changed.set()
 
     async def stop(self) -> None:
-        """Begin nothing more, and return when what is under way is done."""
+        """Begin nothing more, and return when what is under way is done, or hangs."""
         self._stopped = True
         self._changed.set()
-        await self._idle.wait()
+        with anyio.move_on_after(STOP_WITHIN_S):
+            await self._idle.wait()
 
     async def _round(self) -> float:
         """Look if it is time to, and enqueue what is due; returns for how many seconds there is nothing to do."""
