@@ -337,6 +337,7 @@ _queues: weakref.WeakSet[SyncS3Queue[Any]] = weakref.WeakSet()
 _lives: set[_Life[Any]] = set()
 _inherited: list[_Life[Any]] = []
 """Of the parent process. They must not be collected here: their connections are the parent's."""
+_forking = threading.Lock()
 _held: list[threading.Lock] = []
 
 
@@ -349,6 +350,7 @@ def _refuse_event_loop() -> None:
 
 
 def _before_fork() -> None:
+    _forking.acquire()
     for queue in list(_queues):
         # Held until the fork is over, so that no other thread opens it meanwhile.
         queue._lock.acquire()
@@ -360,9 +362,12 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     while _held:
         _held.pop().release()
+    _forking.release()
 
 
 def _after_fork_in_child() -> None:
+    global _forking
+    _forking = threading.Lock()
     _held.clear()
     _inherited.extend(_lives)
     _lives.clear()
