@@ -359,21 +359,18 @@ def _before_fork() -> None:
             queue._end_life()
 
 
-def _after_fork_in_parent() -> None:
+def _after_fork() -> None:
     while _held:
         _held.pop().release()
     _forking.release()
 
 
 def _after_fork_in_child() -> None:
-    global _forking
-    _forking = threading.Lock()
-    _held.clear()
     _inherited.extend(_lives)
     _lives.clear()
     for queue in list(_queues):
-        queue._lock = threading.Lock()
         queue._life = None
+    _after_fork()
 
 
 def _at_exit() -> None:
@@ -382,5 +379,5 @@ def _at_exit() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

@@ -326,6 +326,10 @@ async def test_a_try_is_cancelled() -> None:
     """The process that tries is drained: its breaker is free again, for the next queue that shares it."""
     bed = Bed()
     breaker = CircuitBreaker(failures=1, recovery=5)
+
+    def state() -> str:
+        return breaker.state
+
     service = Service()
     service.works = False
     settings = Settings(coordinator=False, backoff_base=3600, backoff_max=3600)
@@ -335,15 +339,15 @@ async def test_a_try_is_cancelled() -> None:
         service.takes_s = 1000
         await queue.enqueue(2)
         await service.calls.count(2)
-        assert breaker.state == "half-open"
+        assert state() == "half-open"
         await queue.drain(timeout=1)
-    assert breaker.state == "open"
+    assert state() == "open"
     service.works, service.takes_s = True, 0
     async with bed.queue(settings=settings, on_message=service.handler, middleware=[breaker]):
         await service.calls.count(3)
         assert service.calls.items[2][1:] == (2, 1)
         await anyio.sleep(1)
-        assert breaker.state == "closed"
+        assert state() == "closed"
 
 
 @virtual
@@ -625,7 +629,7 @@ async def test_timing() -> None:
     assert isinstance(one, Timed)
     assert (one.message_id, one.attempt, one.outcome) == (good, 1, "completed")
     assert (two.message_id, two.outcome) == (bad, "ValueError")
-    assert (one.seconds, two.seconds) == (pytest.approx(2), pytest.approx(2))
+    assert [one.seconds, two.seconds] == pytest.approx([2, 2])
     assert one.waited == pytest.approx(10, abs=1)
     assert two.waited == pytest.approx(12, abs=1)
 

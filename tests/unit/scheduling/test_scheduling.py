@@ -22,7 +22,7 @@ from s3queue_async.scheduling.ticks import Cron, Every, Ticks
 from s3queue_async.storage.memory import MemoryStorage
 from s3queue_async.testing.clock import START_S, LoopClock
 from s3queue_async.testing.faults import FaultyStorage
-from tests.unit.queue.bed import QUIET, Bed, Recorder, Seen, eventually, virtual
+from tests.unit.queue.bed import QUIET, Bed, Recorder, Seen, _Unclosed, eventually, virtual
 from tests.unit.queue.test_cancellation import Snare
 
 TIMETABLE = "plugin/schedules/all"
@@ -36,14 +36,14 @@ class Place(Bed):
         super().__init__(latency_s=latency_s)
         self.begin_s = datetime.fromisoformat(begin).replace(tzinfo=UTC).timestamp()
         self.memory = MemoryStorage(now=self.now_s, date_resolution_s=0.001)
-        self.faults = FaultyStorage(_Shared(self.memory), clock=LoopClock())
+        self.faults = FaultyStorage(_Unclosed(self.memory), clock=LoopClock())
         self.store = Recorder(self.faults, latency_s=latency_s)
 
     def now_s(self) -> float:
         return self.begin_s + anyio.current_time() - START_S
 
     def lane(self) -> tuple[Recorder, FaultyStorage]:
-        faults = FaultyStorage(_Shared(self.memory), clock=LoopClock())
+        faults = FaultyStorage(_Unclosed(self.memory), clock=LoopClock())
         return Recorder(faults, latency_s=self.store.latency_s), faults
 
     def scheduler(self, **options: Any) -> S3Queue[Any]:
@@ -63,23 +63,6 @@ class Place(Bed):
     async def wait_until(self, text: str) -> None:
         """Return at that time, by the store's clock."""
         await anyio.sleep(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() - self.now_s())
-
-
-class _Shared:
-    """The store below outlives the queues on it."""
-
-    def __init__(self, inner: MemoryStorage) -> None:
-        self.__dict__.update(
-            {name: getattr(inner, name) for name in ("open", "get", "put", "delete", "delete_many", "list")}
-        )
-        self.inner = inner
-
-    @property
-    def date_resolution_s(self) -> float:
-        return self.inner.date_resolution_s
-
-    async def close(self) -> None:
-        pass
 
 
 def at(text: str, zone: str = "UTC") -> datetime:
