@@ -263,6 +263,24 @@ async def test_the_price_of_a_tick() -> None:
 
 
 @virtual
+async def test_the_price_of_a_tick_that_is_handled() -> None:
+    """A worker's tick costs five writes in all: the claim, and the marker that its message is done, besides."""
+    place = Place()
+
+    async def handler(payload: str) -> None: ...
+
+    async with place.queue(settings=QUIET, on_message=handler) as queue:
+        await queue.schedule(payload="x", every=1800, name="s")
+        await anyio.sleep(60)
+        place.store.calls.clear()
+        await anyio.sleep(1800)
+        keys = [call.keys[0] for call in place.store.calls if call.operation == "put"]
+    writes = Counter(key.split("/")[0 if key.count("/") == 1 else 1] for key in keys)
+    del writes["workers"]
+    assert writes == {"dedup": 2, "255": 1, "claims": 1, "schedules": 1}
+
+
+@virtual
 async def test_workers_leave_it_to_the_coordinator() -> None:
     """Three workers with a coordinator: it enqueues each tick at once, and the handlers get each one once."""
     place = Place(latency_s=0.02)
