@@ -466,13 +466,13 @@ class S3Queue(Generic[PayloadT]):
 
         Args:
             cron: Five fields as for cron, or six with seconds first; needs the extra ``schedule``. Or instead:
-            every: Seconds (or timedelta), 1 to 366 days, counted from the first definition.
+            every: Seconds (or timedelta), from 1 second to 366 days, counted from the first definition.
             payload: As for ``enqueue``.
             name: What tells schedules apart, up to 200 characters; by default made of everything else.
             timezone: In which cron is meant, a name of the IANA database; by default "UTC".
             priority, headers, max_attempts, expires_in: Of each message, as in ``enqueue``.
-            grace: Seconds (or timedelta), 1 to 30 days, by default an hour: a tick that nobody enqueued for so long
-                is dropped.
+            grace: Seconds (or timedelta), from 1 second to 30 days, by default an hour: a tick that nobody enqueued for
+                so long is dropped.
             catch_up: Whether of several missed ticks each is enqueued, or only the last (the default).
 
         Returns:
