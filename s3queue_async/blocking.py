@@ -22,6 +22,7 @@ from anyio.from_thread import BlockingPortal
 
 from s3queue_async.dead_letters import LIST_LIMIT_DEFAULT
 from s3queue_async.errors import BlocksEventLoop, QueueClosed
+from s3queue_async.keyring import Keyring
 from s3queue_async.log import log
 from s3queue_async.message import CompletedMessage, DeadMessage, MessageStatus, QueueStats, Tracing, WorkerInfo
 from s3queue_async.queue import PayloadT, S3Queue
@@ -43,7 +44,7 @@ class SyncS3Queue(Generic[PayloadT]):
     fork, and is closed at the interpreter's exit.
 
     Args:
-        url, payload_type, settings, tracing: As for S3Queue.
+        url, payload_type, settings, tracing, keyring: As for S3Queue.
         storage: Makes an object of your own that satisfies the Storage protocol; called in each process.
 
     Raises:
@@ -58,6 +59,7 @@ class SyncS3Queue(Generic[PayloadT]):
         settings: Settings | None = None,
         storage: Callable[[], Storage] | None = None,
         tracing: Tracing | None = None,
+        keyring: Keyring | None = None,
     ) -> None:
         def make() -> S3Queue[PayloadT]:
             return S3Queue(
@@ -66,6 +68,7 @@ class SyncS3Queue(Generic[PayloadT]):
                 settings=settings,
                 storage=None if storage is None else storage(),
                 tracing=tracing,
+                keyring=keyring,
                 scheduler=False,
             )
 

@@ -11,13 +11,13 @@ import anyio
 import msgspec
 
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import InvalidSettings, StoreUnavailable, Throttled
+from s3queue_async.errors import CorruptObject, InvalidSettings, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.log import log
 from s3queue_async.message import Release
 from s3queue_async.middleware.chain import CallNext, Delivery
 from s3queue_async.settings import seconds
 from s3queue_async.storage.base import Conflict, NotFound, Stored
-from s3queue_async.storage.plugin import PluginStorage
+from s3queue_async.storage.plugin import PluginStorage, plugin_prefix
 
 NAMESPACE = "completed"
 TTL_MIN_S = 60.0
@@ -95,9 +95,10 @@ class Idempotency:
             message.shared.time.now_ms(),
             msgspec.Raw(encoded if len(encoded) <= RESULT_BYTES_MAX else _NIL),
         )
+        body = message.shared.packer.pack_history(_whole_key(name), _encoder.encode(record))
         # The handler is done: a cancellation that comes now waits until that is recorded.
         async with anyio.create_task_group() as group:
-            group.start_soon(self._keep, message.shared, records, name, _encoder.encode(record))
+            group.start_soon(self._keep, message.shared, records, name, body)
         return result
 
     async def _look(self, shared: Shared, records: PluginStorage, name: str) -> Completed | None:
@@ -116,8 +117,11 @@ class Idempotency:
         if records.expired(stored.modified_s, shared.time.earliest()):
             return None
         try:
-            return _decoder.decode(stored.body)
-        except msgspec.DecodeError as error:
+            return _decoder.decode(shared.packer.unpack_history(_whole_key(name), stored.body))
+        except Unreadable as error:
+            log.warning("whether a message was completed cannot be read here, given back", error=str(error))
+            raise Release(delay=LOOK_AGAIN_S) from error
+        except (CorruptObject, msgspec.DecodeError) as error:
             # The handler runs once more and replaces it: that is safer than to skip what may not be done.
             log.warning("a record of a completed message cannot be read", key=name, error=str(error))
             return None
@@ -146,6 +150,10 @@ class Idempotency:
         expired = [entry.key for entry in page.entries if records.expired(entry.modified_s, now_s)]
         if expired:
             await records.delete_many(expired)
+
+
+def _whole_key(name: str) -> str:
+    return plugin_prefix(NAMESPACE) + name
 
 
 def _own_id(message: Delivery[Any]) -> str:

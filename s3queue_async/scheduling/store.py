@@ -9,11 +9,12 @@ from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import StoreUnavailable
 from s3queue_async.scheduling.timetable import FORMAT_VERSION, KEY, NAMESPACE, Definition, Timetable, decode, encode
 from s3queue_async.storage.base import IfAbsent, IfVersion, NotFound, Stored, Superseded
-from s3queue_async.storage.plugin import PluginStorage
+from s3queue_async.storage.plugin import PluginStorage, plugin_prefix
 
 SWAP_TRIES_MAX = 32
 DECIDE_WITHIN_S = 20.0
 
+_WHOLE_KEY = plugin_prefix(NAMESPACE) + KEY
 _EMPTY = Timetable(nonce="", format=FORMAT_VERSION, schedules={})
 
 
@@ -37,6 +38,7 @@ class TimetableStore:
 
         Raises:
             CorruptObject, NewerFormat: The object cannot be read.
+            Unreadable: This process lacks the key that it is encrypted with.
             StoreUnavailable, Throttled: The store did not answer for a while.
         """
         clock = self._shared.clock
@@ -52,7 +54,8 @@ class TimetableStore:
             self._take_in(_EMPTY, None)
         else:
             if isinstance(found, Stored):
-                self._take_in(decode(found.body), found.version)
+                body = self._shared.packer.unpack_history(_WHOLE_KEY, found.body)
+                self._take_in(decode(_WHOLE_KEY, body), found.version)
         self.looked_at = asked_at
 
     def _take_in(self, timetable: Timetable, version: str | None) -> None:
@@ -71,7 +74,7 @@ class TimetableStore:
             if not change(schedules):
                 return schedules
             new = Timetable(nonce=shared.nonce(), format=FORMAT_VERSION, schedules=schedules)
-            body = encode(new)
+            body = shared.packer.pack_history(_WHOLE_KEY, encode(new))
             when = IfAbsent() if self._version is None else IfVersion(self._version)
             try:
                 version = await shared.swap(KEY, body, when=when, deadline_s=DECIDE_WITHIN_S, storage=self._plugin)

@@ -14,7 +14,6 @@ from s3queue_async.intake import Intake
 from s3queue_async.message import moment
 from s3queue_async.scheduling import ticks
 from s3queue_async.settings import seconds
-from s3queue_async.storage.plugin import plugin_prefix
 from s3queue_async.worker import Decoder
 
 NAMESPACE = "schedules"
@@ -214,9 +213,8 @@ def encode(timetable: Timetable) -> bytes:
     return body
 
 
-def decode(body: bytes) -> Timetable:
+def decode(key: str, body: bytes) -> Timetable:
     """Read the object. Raises CorruptObject, NewerFormat."""
-    key = plugin_prefix(NAMESPACE) + KEY
     try:
         timetable = _decoder.decode(body)
     except msgspec.DecodeError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
-from s3queue_async import Context, DeadLetter, Release, Retry, Settings
+from s3queue_async import Context, DeadLetter, Keyring, Release, Retry, Settings
 from s3queue_async.errors import InvalidSettings
 from s3queue_async.middleware import CallNext, CircuitBreaker, Delivery, Idempotency, Timed, Timing
 from s3queue_async.middleware import idempotency as idempotency_module
@@ -571,6 +571,40 @@ async def test_a_damaged_record_and_a_large_result() -> None:
         await completed.count(3)
     assert runs.items == ["a", "c"]
     assert [len(event.result or b"") for event in completed.items] == [20_000, 0, 20_000]
+
+
+@virtual
+async def test_encrypted_records() -> None:
+    """With a keyring nothing of a result can be read in the store; who lacks the key gives the message back."""
+    bed = Bed()
+    runs, completed = Seen(), Seen()
+    keyring = Keyring({"k": Keyring.new_key()})
+
+    async def handler(payload: str) -> str:
+        runs(payload)
+        return "secret"
+
+    remember = Idempotency(lambda message: "key")
+    async with bed.queue(keyring=keyring, on_message=handler, middleware=[remember], on_complete=completed) as queue:
+        await queue.enqueue("a")
+        await completed.count(1)
+        assert len(await bed.keys(RECORDS)) == 1
+        assert all(b"secret" not in body for body in bed.bodies().values())
+        await queue.enqueue("b")
+        await completed.count(2)
+        assert completed.items[1].result == "secret"
+    async with bed.queue(settings=Settings(coordinator=False, max_attempts=1)) as other:
+        await other.enqueue("c")
+        await other.start_processing(handler)
+        await completed.count(2)
+        await other.stop_processing()
+        other.middleware(remember)
+        message_id = await other.enqueue("d")
+        await other.start_processing()
+        await anyio.sleep(30)
+        assert await other.status(message_id) in ("pending", "delayed", "processing")
+        assert await other.dead_letters.list() == []
+    assert runs.items == ["a", "c"]
 
 
 @virtual

@@ -14,8 +14,15 @@ import anyio
 import msgspec
 import pytest
 
-from s3queue_async import Context, S3Queue, Schedule, Settings
-from s3queue_async.errors import CorruptObject, InvalidPayload, InvalidSettings, NewerFormat, QueueClosed
+from s3queue_async import Context, Keyring, S3Queue, Schedule, Settings
+from s3queue_async.errors import (
+    CorruptObject,
+    InvalidPayload,
+    InvalidSettings,
+    KeyUnavailable,
+    NewerFormat,
+    QueueClosed,
+)
 from s3queue_async.protocol import segment as segments
 from s3queue_async.scheduling import HEADER_NAME, HEADER_TICK
 from s3queue_async.scheduling.ticks import Cron, Every, Ticks
@@ -599,6 +606,34 @@ async def test_the_store_is_away_over_a_tick() -> None:
     ticks = sorted((tick - made.created_at).total_seconds() for _, tick in place.enqueued())
     assert ticks == [100, 200, 300, 400]
     assert set(place.enqueued().values()) == {1}
+
+
+@virtual
+async def test_encrypted() -> None:
+    """With a keyring nothing of a schedule can be read in the store, nor without the key; with it the ticks go on."""
+    place = Place()
+    keyring = Keyring({"k": Keyring.new_key()})
+    handled = Seen()
+
+    async def handler(payload: str, context: Context) -> None:
+        handled((payload, context.headers["tenant"], context.headers[HEADER_NAME]))
+
+    async with place.queue(settings=QUIET, keyring=keyring) as maker:
+        made = await maker.schedule(payload="secret-a", every=60, name="secret-b", headers={"tenant": "secret-c"})
+    async with place.queue(settings=QUIET, on_message=handler) as keyless:
+        with pytest.raises(KeyUnavailable, match=TIMETABLE):
+            await keyless.schedules()
+        with pytest.raises(KeyUnavailable):
+            await keyless.schedule(payload="x", every=60)
+        await anyio.sleep(130)
+        assert handled.items == []
+    async with place.queue(settings=QUIET, keyring=keyring, on_message=handler, auto_start=False) as queue:
+        assert (await queue.schedules())[0].created_at == made.created_at
+        await queue.enqueue("x", delay=600, headers={"tenant": "t"})
+        await queue.start_processing()
+        await handled.count(1)
+        assert all(b"secret" not in body for body in place.bodies().values())
+    assert handled.items == [("secret-a", "secret-c", "secret-b")]
 
 
 @pytest.mark.parametrize("seed", range(8))
