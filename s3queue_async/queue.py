@@ -186,6 +186,7 @@ class S3Queue(Generic[PayloadT]):
             led=lambda: self._session is not None and self._session.election.live,
             active=lambda: self._processing if scheduler is None else scheduler,
         )
+        self._may_schedule = scheduler is not False
         self._inspector = Inspector(self._shared, self._decode, lambda: self._session)
         self._meter = Meter(
             self._shared,
@@ -233,7 +234,8 @@ class S3Queue(Generic[PayloadT]):
             await self._group.start(self._producer.run)
             self._group.start_soon(self._bus.run)
             self._group.start_soon(self._meter.run)
-            self._group.start_soon(self._scheduler.run)
+            if self._may_schedule:
+                self._group.start_soon(self._scheduler.run)
             self._stack = stack.pop_all()
         if self._auto_start and self._worker is not None:
             self._process()
@@ -308,7 +310,8 @@ class S3Queue(Generic[PayloadT]):
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(flush)
-                group.start_soon(self._scheduler.stop)
+                if self._may_schedule:
+                    group.start_soon(self._scheduler.stop)
                 stopped = await self._stop(timeout_s)
         finally:
             self._report = DrainReport(
