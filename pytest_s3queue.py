@@ -80,7 +80,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     test = inspect.unwrap(original, stop=inspect.iscoroutinefunction)
     if not inspect.iscoroutinefunction(test):
         return (yield)
-    bench: _Bench = pyfuncitem.funcargs["_s3queue_bench"]
+    bench = pyfuncitem.funcargs["_s3queue_bench"]
+    assert isinstance(bench, _Bench)
 
     def run(**arguments: Any) -> None:
         __tracebackhide__ = True

@@ -1,4 +1,6 @@
-"""Tests of handlers, in virtual time: pytest examples/test_signup.py
+"""Tests of handlers, in virtual time.
+
+    pytest examples/test_signup.py
 
 The fixtures come with the library; docs/testing_your_handlers.md explains them. The first half is the code under test,
 which would be in modules of its own.

@@ -240,6 +240,14 @@ def test_lambda_style(tmp_path: Path) -> None:
     assert "handled: 5" in run("examples.lambda_style", cwd=tmp_path)
 
 
+def test_tests_of_handlers(tmp_path: Path) -> None:
+    """The example's tests pass, as a user would run them, without a plugin for async tests."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    plugins = ("-p", "pytest_s3queue", "-p", "no:asyncio", "-p", "no:anyio", "-p", "no:cacheprovider")
+    printed = run("pytest", "-q", "-c", "pytest.ini", *plugins, str(ROOT / "examples" / "test_signup.py"), cwd=tmp_path)
+    assert re.search(r"^8 passed", printed, re.MULTILINE)
+
+
 def test_cost(tmp_path: Path) -> None:
     """The README's two prices come out."""
     printed = run("examples.cost", cwd=tmp_path)

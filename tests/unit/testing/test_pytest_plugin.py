@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +14,8 @@ pytest_plugins = ["pytester"]
 PLUGIN = ("-p", "pytest_s3queue", "-p", "no:cacheprovider", "-W", "error")
 OTHERS = {
     "alone": ("-p", "no:asyncio", "-p", "no:anyio"),
-    "asyncio-strict": ("-o", "asyncio_mode=strict"),
-    "asyncio-auto": ("-o", "asyncio_mode=auto"),
+    "asyncio-strict": ("-o", "asyncio_mode=strict", "-o", "asyncio_default_fixture_loop_scope=function"),
+    "asyncio-auto": ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"),
     "anyio-auto": ("-p", "no:asyncio", "-o", "anyio_mode=auto"),
 }
 
@@ -126,7 +128,15 @@ def test_marked_tests_and_async_fixtures(pytester: pytest.Pytester) -> None:
         async def test_theirs(fake):
             assert not isinstance(asyncio.get_running_loop(), VirtualLoop)
     """)
-    pytester.runpytest_inprocess(*PLUGIN, "-o", "asyncio_mode=strict").assert_outcomes(passed=2)
+    pytester.runpytest_inprocess(*PLUGIN, *OTHERS["asyncio-strict"]).assert_outcomes(passed=2)
+
+
+def test_the_pages_tests(pytester: pytest.Pytester) -> None:
+    """The tests in docs/testing_your_handlers.md pass."""
+    page = (Path(__file__).parents[3] / "docs" / "testing_your_handlers.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    pytester.makepyfile("\n".join(programs))
+    pytester.runpytest_inprocess(*PLUGIN, *OTHERS["alone"]).assert_outcomes(passed=3)
 
 
 def test_failures_point_at_the_test(pytester: pytest.Pytester) -> None:
@@ -138,24 +148,26 @@ def test_failures_point_at_the_test(pytester: pytest.Pytester) -> None:
     """)
     result = pytester.runpytest_inprocess(*PLUGIN, *OTHERS["asyncio-auto"])
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines([
-        ">       s3queue.assert_enqueued(*",
-        "E       AssertionError: No message was enqueued with",
-        "E           payload = {'to': 'a'}",
-        "E             payload['to']: 'b', expected 'a'",
-        "test_failures_point_at_the_test.py:3: AssertionError",
-    ])
+    result.stdout.fnmatch_lines(
+        [
+            ">       s3queue.assert_enqueued(*",
+            "E       AssertionError: No message was enqueued with",
+            "E         payload = {'to': 'a'}",
+            "E           payload['to']: 'b', expected 'a'",
+            "test_failures_point_at_the_test.py:3: AssertionError",
+        ]
+    )
     result.stdout.no_fnmatch_line("*pytest_s3queue.py:*")
     result.stdout.no_fnmatch_line("*runner.py:*")
 
 
 def test_stuck_tests_fail(pytester: pytest.Pytester) -> None:
-    """A test that waits for what nobody will do fails at once instead of hanging; what it left is closed."""
+    """A test without an open queue that waits for what nobody will do fails at once instead of hanging."""
     pytester.makepyfile("""
         import asyncio
 
 
-        async def test_it(s3queue):
+        async def test_it(s3queue_time):
             await asyncio.Event().wait()
     """)
     result = pytester.runpytest_inprocess(*PLUGIN, *OTHERS["alone"])
@@ -185,7 +197,7 @@ def test_coverage(pytester: pytest.Pytester) -> None:
             await s3queue.enqueue(1)
     """)
     result = pytester.runpytest_subprocess(
-        *PLUGIN, *OTHERS["alone"], "--cov=s3queue_async.testing", "--cov-report=json:cover.json"
+        *PLUGIN, *OTHERS["alone"], "--cov=s3queue_async", "--cov-report=json:cover.json"
     )
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("*previously imported*")
