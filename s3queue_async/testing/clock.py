@@ -13,7 +13,7 @@ import selectors
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
 
@@ -86,9 +86,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._threads.append(at_work)
         return lambda: self._threads.remove(at_work)
 
-    def run_in_executor(
-        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]
-    ) -> asyncio.Future[T]:
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Run a function in a thread; see asyncio's."""
         future = super().run_in_executor(executor, func, *args)
         self._in_executors += 1
