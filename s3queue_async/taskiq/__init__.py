@@ -1,4 +1,4 @@
-"""taskiq on a bucket: a broker, a result backend, and retries by the queue. Needs the extra ``taskiq``; see docs/taskiq.md."""
+"""taskiq on a bucket: a broker, a result backend, and retries by the queue; needs the extra ``taskiq``."""
 
 from s3queue_async.taskiq.broker import S3QueueBroker
 from s3queue_async.taskiq.results import S3QueueResultBackend

@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator
 from datetime import timedelta
-from random import Random
 from typing import Any
 
 import anyio
@@ -46,7 +45,7 @@ class S3QueueBroker(AsyncBroker):
         ack_within: Seconds (or timedelta) after which a task that is not acknowledged is delivered again, although its
             worker is well; up to 30 days, which is the default. No task may take longer.
         tracing: Follows tasks from where they are sent to the worker, such as OpenTelemetryTracing.
-        clock, rng: As for S3Queue; for tests.
+        clock: As for S3Queue; for tests.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class S3QueueBroker(AsyncBroker):
         ack_within: float | timedelta = ACK_WITHIN_MAX_S,
         tracing: Tracing | None = None,
         clock: Clock | None = None,
-        rng: Random | None = None,
     ) -> None:
         super().__init__()
         self.result_backend = (
@@ -71,7 +69,6 @@ class S3QueueBroker(AsyncBroker):
             "storage": storage,
             "tracing": tracing,
             "clock": clock,
-            "rng": rng,
         }
         self._ack_within = ack_within
         self._queue: S3Queue[bytes] | None = None
