@@ -74,7 +74,6 @@ class S3QueueBroker(AsyncBroker):
         self._queue: S3Queue[bytes] | None = None
         self._holder: asyncio.Task[None] | None = None
         self._stop = anyio.Event()
-        self._closing = False
         self._given_up: deque[GivenUp] = deque()
         self._more_given_up = Wakeup()
         self._deliveries: weakref.WeakValueDictionary[str, Delivery] = weakref.WeakValueDictionary()
@@ -116,7 +115,6 @@ class S3QueueBroker(AsyncBroker):
 
     async def _open(self) -> None:
         opened: asyncio.Future[S3Queue[bytes]] = asyncio.get_running_loop().create_future()
-        self._closing = False
         self._stop = anyio.Event()
         # taskiq starts and shuts down brokers in different tasks; a queue is closed by the task that opened it. So one
         # task holds the queue open in between; shutdown() waits for its end, and gets what it raised.
@@ -153,7 +151,6 @@ class S3QueueBroker(AsyncBroker):
         holder, self._holder = self._holder, None
         if holder is None:
             return
-        self._closing = True
         self._stop.set()
         try:
             await asyncio.shield(holder)
@@ -184,11 +181,11 @@ class S3QueueBroker(AsyncBroker):
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
         """Every task as it comes, one at a time: a worker holds no more of them than taskiq has room for."""
         queue = self.queue
-        while not self._closing:
+        while not self._stop.is_set():
             try:
                 messages = await queue.receive(1, wait=RECEIVE_WAIT_S, ack_within=self._ack_within)
             except QueueClosed:
-                if self._closing:
+                if self._stop.is_set():
                     return
                 raise
             for message in messages:

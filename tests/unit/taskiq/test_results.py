@@ -10,12 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 from pydantic import BaseModel
-from taskiq import InMemoryBroker, TaskiqResult
+from taskiq import InMemoryBroker, TaskiqDepends, TaskiqResult
 from taskiq.depends.progress_tracker import ProgressTracker, TaskProgress, TaskState
 from taskiq.exceptions import ResultGetError, ResultIsReadyError, ResultSetError
 from taskiq.result_backends.dummy import DummyResultBackend
 from taskiq.serializers import PickleSerializer
-from taskiq import TaskiqDepends
 
 from s3queue_async import InvalidSettings, MessageNotFound, QueueClosed, S3Queue, StoreUnavailable
 from s3queue_async.taskiq import S3QueueResultBackend
@@ -56,7 +55,9 @@ async def test_values_and_errors() -> None:
         raise KeyError("missing")
 
     async with working(broker):
-        assert (await (await point.kiq(3)).wait_result()).return_value == Point(x=3, at=datetime(2026, 1, 1, tzinfo=UTC))
+        assert (await (await point.kiq(3)).wait_result()).return_value == Point(
+            x=3, at=datetime(2026, 1, 1, tzinfo=UTC)
+        )
         failed = await (await fail.kiq()).wait_result()
         with pytest.raises(KeyError, match="missing"):
             failed.raise_for_error()
@@ -238,7 +239,7 @@ async def test_on_the_brokers_store() -> None:
 async def test_bad_use() -> None:
     """Each says what to do."""
     for ttl in (0, -1, 1e12):
-        with pytest.raises(InvalidSettings, match="ttl=.* is out of range: above 0 seconds, up to ten years"):
+        with pytest.raises(InvalidSettings, match=r"ttl=.* is out of range: above 0 seconds, up to ten years"):
             S3QueueResultBackend(ttl=ttl)
     with pytest.raises(QueueClosed, match="pass it a url"):
         await S3QueueResultBackend().is_result_ready("1")

@@ -133,13 +133,15 @@ def test_who_is_retried(default: bool, label: bool | None, attempts: int) -> Non
         broker.add_middlewares(S3QueueRetryMiddleware(default_retry_label=default))
         runs: list[int] = []
 
-        @broker.task(**({} if label is None else {"retry_on_error": label}))
+        labels: dict[str, Any] = {} if label is None else {"retry_on_error": label}
+
         async def fail() -> None:
             runs.append(1)
             raise ValueError
 
+        task_that_fails = broker.register_task(fail, "fail", **labels)
         async with working(broker):
-            task = await fail.kiq()
+            task = await task_that_fails.kiq()
             assert (await task.wait_result()).is_err
             assert len(await broker.queue.dead_letters.list()) == (1 if attempts > 1 else 0)
         assert len(runs) == attempts
