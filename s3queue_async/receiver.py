@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Receiver:
         session = self._session
         clock = session.shared.clock
         messages: list[Message[Any]] = []
+        begun: list[_Outstanding] = []
         wanted = max_messages
         session.wanted_by_receivers += wanted
         session.claimer.notice()
@@ -55,8 +57,10 @@ class Receiver:
             while wanted > 0 and not session.is_over:
                 taken = session.take()
                 if taken is not None:
-                    message = await self._message(*taken, ack_within_s)
-                    if message is not None:
+                    got = await self._message(*taken, ack_within_s)
+                    if got is not None:
+                        item, message = got
+                        begun.append(item)
                         messages.append(message)
                         session.wanted_by_receivers -= 1
                         wanted -= 1
@@ -75,6 +79,10 @@ class Receiver:
                 with anyio.move_on_after(min(left_s, WAIT_AT_ONCE_S)):
                     await session.feed.wait()
                 looked = True
+        except BaseException:
+            # Nobody gets these now.
+            self._hand_back(begun)
+            raise
         finally:
             session.feed.wake_next()
             session.wanted_by_receivers -= wanted
@@ -82,14 +90,19 @@ class Receiver:
 
     def stop(self) -> int:
         """Hand back what is not acknowledged; a later acknowledgement raises LeaseLost."""
-        waiting = list(self._outstanding)
-        for item in waiting:
-            self._end(item)
-            self._session.released(item.held, item.index, attempts=item.attempt - 1)
-            self._session.slot_free()
-        return len(waiting)
+        return self._hand_back(list(self._outstanding))
 
-    async def _message(self, held: Held, index: int, ack_within_s: float) -> Message[Any] | None:
+    def _hand_back(self, items: Iterable[_Outstanding]) -> int:
+        count = 0
+        for item in items:
+            if not item.over:
+                count += 1
+                self._end(item)
+                self._session.released(item.held, item.index, attempts=item.attempt - 1)
+                self._session.slot_free()
+        return count
+
+    async def _message(self, held: Held, index: int, ack_within_s: float) -> tuple[_Outstanding, Message[Any]] | None:
         session = self._session
         record = held.index.records[index]
         attempts = held.attempts(index)
@@ -115,7 +128,7 @@ class Receiver:
         async def settle(outcome: BaseException | None) -> None:
             await self._settle(item, outcome)
 
-        return Message(payload, make_context(session, held, index, item.attempt), settle)
+        return item, Message(payload, make_context(session, held, index, item.attempt), settle)
 
     async def _settle(self, item: _Outstanding, outcome: BaseException | None) -> None:
         session = self._session
