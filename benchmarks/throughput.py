@@ -75,9 +75,7 @@ async def compare(
     for number in range(rounds):
         prefix = f"{scheme.removeprefix('s3+')}-{per_segment}-{number}-{os.getpid()}"
         bare = Bare(place(server, f"bare-{prefix}"), scheme=scheme, per_segment=per_segment)
-        queue = Ours(
-            place(server, f"queue-{prefix}"), scheme=scheme, settings={"segment_messages_max": per_segment}
-        )
+        queue = Ours(place(server, f"queue-{prefix}"), scheme=scheme, settings={"segment_messages_max": per_segment})
         for side, drained in (
             ("bare", await drain(bare, messages)),
             ("queue", exact(await drain(queue, messages, around=profiled))),

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -134,8 +134,15 @@ async def work(task: Work) -> Seen:
         (began, own, upkeep), (ended, own_then, upkeep_then) = marks
         seen.window_s = ended - began
         seen.window_own, seen.window_upkeep = dict(own_then - own), dict(upkeep_then - upkeep)
-    seen.rss_max_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seen.rss_max_mib = _rss_max_mib()
     return seen
+
+
+def _rss_max_mib() -> float:
+    # Not getrusage: its maximum begins with that of the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 async def _input() -> asyncio.StreamReader:

@@ -71,7 +71,14 @@ def _answer(command: list[str]) -> dict[str, Any]:
     environment["AWS_EC2_METADATA_DISABLED"] = "true"
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, text=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            text=True,
         )
     except subprocess.TimeoutExpired as error:
         raise Failed(f"no answer within {TIMEOUT_S:g} s") from error
@@ -91,7 +98,7 @@ def _lacks(module: str) -> str:
     """Why the peers' Python cannot import it; "" when it can."""
     if not PEERS_PYTHON.exists():
         return HOW_TO_INSTALL
-    tried = subprocess.run([str(PEERS_PYTHON), "-c", f"import {module}"], capture_output=True, text=True)
+    tried = subprocess.run([str(PEERS_PYTHON), "-c", f"import {module}"], check=False, capture_output=True, text=True)
     return f"{HOW_TO_INSTALL} ({tried.stderr.strip().splitlines()[-1]})" if tried.returncode else ""
 
 
@@ -114,7 +121,7 @@ def entries(schemes: list[str]) -> list[Entry]:
     clients = {"s3": "aiobotocore", "s3+obstore": "obstore"}
     ours = [
         Entry(
-            f"s3queue_async, {clients[scheme]}", "ours", "S3", 20_480, 50, "defaults, 32 handlers at a time", ours=True,
+            f"s3queue_async, {clients[scheme]}", "ours", "S3", 51_200, 50, "defaults, 32 handlers at a time", ours=True,
             options={"scheme": scheme},
         )
         for scheme in schemes
