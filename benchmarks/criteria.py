@@ -115,10 +115,8 @@ def _requests_full(parts: Parts) -> tuple[str, bool]:
 
 def _requests_single(parts: Parts) -> tuple[str, bool]:
     row = _row(_part(parts, "cost")["rows"], per_segment=1)
-    without = row["paid_per_message"] - row["listings"] / row["messages"]
-    return f"{row['paid_per_message']:.2f} with everything; {without:.2f} without listings", row[
-        "paid_per_message"
-    ] <= 3
+    own, whole = row["own_paid_per_message"], row["paid_per_message"]
+    return f"{own:.2f} for the message; {whole:.2f} with listings, heartbeats, probe and the worker's start", own <= 3
 
 
 def _dollars(parts: Parts) -> tuple[str, bool]:

@@ -19,14 +19,12 @@ from typing import Any
 import psutil
 
 from benchmarks.contenders.base import DIGITS
+from benchmarks.contenders.ours import Counted
 from s3queue_async import S3Queue, Settings
 from s3queue_async.storage.base import Storage
-from s3queue_async.storage.metered import MeteredStorage, Request
+from s3queue_async.storage.metered import MeteredStorage
 from s3queue_async.storage.open import storage_from_url
 from s3queue_async.testing.faults import FaultyStorage
-
-UPKEEP = ("plugin/", "queue.json")
-"""What a worker asks for as time passes, rather than for messages; so it does with listings."""
 
 
 @dataclass
@@ -85,18 +83,6 @@ def delayed(url: str, seconds: float) -> Storage:
     slow = FaultyStorage(storage)
     slow.delay(seconds, times=None)
     return slow
-
-
-class Counted:
-    """Requests so far, those for messages apart from those that come with time."""
-
-    def __init__(self) -> None:
-        self.own: Counter[str] = Counter()
-        self.upkeep: Counter[str] = Counter()
-
-    def __call__(self, request: Request) -> None:
-        upkeep = request.operation == "list" or request.key.startswith(UPKEEP)
-        (self.upkeep if upkeep else self.own)[request.operation] += 1
 
 
 async def work(task: Work) -> Seen:

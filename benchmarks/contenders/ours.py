@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
 from benchmarks.contenders.base import Place
 from s3queue_async import S3Queue, Settings
-from s3queue_async.storage.metered import OPERATIONS
+from s3queue_async.storage.metered import OPERATIONS, MeteredStorage, Request
+from s3queue_async.storage.open import storage_from_url
 
 CONCURRENCY = 32
+UPKEEP = ("plugin/", "queue.json")
+"""What a worker asks for as time passes, rather than for messages; so it does with listings."""
+
+
+class Counted:
+    """Requests so far, those for messages apart from those that come with time."""
+
+    def __init__(self) -> None:
+        self.own: Counter[str] = Counter()
+        self.upkeep: Counter[str] = Counter()
+
+    def __call__(self, request: Request) -> None:
+        upkeep = request.operation == "list" or request.key.startswith(UPKEEP)
+        (self.upkeep if upkeep else self.own)[request.operation] += 1
 
 
 def queue_url(place: Place, scheme: str) -> str:
@@ -30,6 +46,7 @@ class Ours:
         concurrency: Handlers at a time.
         handler_s: How long a handler takes, in seconds.
         settings: What is not left at its default.
+        counted: Is told of every request; None leaves out what that costs.
     """
 
     def __init__(
@@ -40,10 +57,15 @@ class Ours:
         concurrency: int = CONCURRENCY,
         handler_s: float = 0.0,
         settings: Mapping[str, Any] | None = None,
+        counted: Counted | None = None,
     ) -> None:
         os.environ.update(AWS_ACCESS_KEY_ID=place.access_key_id, AWS_SECRET_ACCESS_KEY=place.secret_access_key)
+        url = queue_url(place, scheme)
         self.queue: S3Queue[bytes] = S3Queue(
-            queue_url(place, scheme), settings=Settings(**(settings or {})), auto_start=False
+            url,
+            storage=None if counted is None else MeteredStorage(storage_from_url(url), on_request=counted),
+            settings=Settings(**(settings or {})),
+            auto_start=False,
         )
         self._concurrency = concurrency
         self._handler_s = handler_s

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from benchmarks.contenders.base import Drained, Sample, drain
-from benchmarks.contenders.ours import Ours
+from benchmarks.contenders.ours import Counted, Ours
 from benchmarks.contenders.registry import Entry, Failed, entries
 from benchmarks.throughput import MESSAGES, PHASES, SINGLES, compare, exact, ratios
 from benchmarks.workloads.common import Bench, Results, added, median, per_million, rates, spread
@@ -99,8 +99,10 @@ async def cost(bench: Bench) -> Results:
     for per_segment in SEGMENT_SIZES:
         messages = bench.count(min(200 * per_segment, MESSAGES) if per_segment > 1 else SINGLES, multiple=per_segment)
         where = bench.place(f"cost-{per_segment}")
-        run = exact(await drain(Ours(where, settings={"segment_messages_max": per_segment}), messages))
-        requests = added(run.enqueue.requests, run.process.requests)
+        counted = Counted()
+        contender = Ours(where, settings={"segment_messages_max": per_segment}, counted=counted)
+        exact(await drain(contender, messages))
+        requests = added(counted.own, counted.upkeep)
         rows.append(
             {
                 "per_segment": per_segment,
@@ -108,7 +110,7 @@ async def cost(bench: Bench) -> Results:
                 "requests": requests,
                 "per_message": round(sum(requests.values()) / messages, 4),
                 "paid_per_message": round(sum(requests.get(name, 0) for name in PAID) / messages, 4),
-                "listings": requests.get("list", 0),
+                "own_paid_per_message": round(sum(counted.own[name] for name in PAID) / messages, 4),
                 "dollars": round(per_million(requests, messages), 4),
             }
         )
