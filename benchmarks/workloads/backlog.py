@@ -17,7 +17,7 @@ from benchmarks.workloads.common import Bench, Results, median
 from s3queue_async import S3Queue, Settings
 
 PER_SEGMENT = 50
-SETTINGS = {"segment_messages_max": PER_SEGMENT}
+SETTINGS: dict[str, Any] = {"segment_messages_max": PER_SEGMENT}
 MILLION = 1_000_000
 SAMPLE = 20_000
 WINDOW_PART = 0.25

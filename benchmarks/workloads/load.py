@@ -80,7 +80,7 @@ async def steady(bench: Bench) -> Results:
             await _steadily(queue, payloads(messages), rate, acked, began_at)
             seen = await worker.seen()
             requests = queue.requests()
-            produced = {name: getattr(requests, name).attempts for name in OPERATIONS}
+            produced: dict[str, int] = {name: getattr(requests, name).attempts for name in OPERATIONS}
         came = dict(zip(seen.numbers, seen.starts, strict=True))
         _exact([seen], messages)
         total = added(produced, seen.own, seen.upkeep)
