@@ -188,7 +188,7 @@ class Packer:
                 flags |= Flag.PAYLOADS_COMPRESSED
                 payloads = less
         if self._keyring is None and not flags:
-            body = segments.encode(segment.index, segment.payloads)
+            body = segments.assemble(index, payloads)
         else:
             body = self._wrap(Kind.SEGMENT, key, flags, index, payloads)
         return _Work(body, before, ratio)

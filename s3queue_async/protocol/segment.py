@@ -108,8 +108,11 @@ _index_decoder = msgspec.msgpack.Decoder(Index)
 
 def encode(index: Index, payloads: Sequence[bytes]) -> bytes:
     """The bytes of a segment that is neither compressed nor encrypted."""
-    table = encode_index(index)
-    body = b"".join(payloads)
+    return assemble(encode_index(index), b"".join(payloads))
+
+
+def assemble(table: bytes, body: bytes) -> bytes:
+    """The same from the bytes of the index and of all payloads together."""
     head = HEAD.pack(MAGIC, FORMAT_VERSION, 0, 0, len(table), zlib.crc32(table), len(body), zlib.crc32(body))
     return b"".join((head, table, body))
 
