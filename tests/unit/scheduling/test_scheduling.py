@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -25,7 +26,7 @@ from s3queue_async.errors import (
 )
 from s3queue_async.protocol import segment as segments
 from s3queue_async.scheduling import HEADER_NAME, HEADER_TICK
-from s3queue_async.scheduling.ticks import Cron, Every, Ticks
+from s3queue_async.scheduling.ticks import Cron, Every, Ticks, _cronsim
 from s3queue_async.storage.memory import MemoryStorage
 from s3queue_async.testing.clock import START_S, LoopClock
 from s3queue_async.testing.faults import FaultyStorage
@@ -606,6 +607,37 @@ async def test_the_store_is_away_over_a_tick() -> None:
     ticks = sorted((tick - made.created_at).total_seconds() for _, tick in place.enqueued())
     assert ticks == [100, 200, 300, 400]
     assert set(place.enqueued().values()) == {1}
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where cronsim is missing, cron is refused with the extra's name; such a process runs what it can, and says so."""
+
+    @virtual
+    async def run() -> None:
+        place = Place()
+        async with place.queue(settings=QUIET) as with_it:
+            cron = await with_it.schedule("* * * * *", "cron", name="cron")
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "cronsim", None)
+            _cronsim.cache_clear()
+            async with place.scheduler() as without:
+                with pytest.raises(InvalidSettings, match="cronsim") as caught:
+                    await without.schedule("0 3 * * *", "x")
+                assert "s3queue-async[schedule]" in caught.value.suggestion
+                await without.schedule(payload="x", every=60, name="every")
+                shown = {schedule.name: schedule.next_tick is None for schedule in await without.schedules()}
+                await anyio.sleep(200)
+        _cronsim.cache_clear()
+        assert shown == {"cron": True, "every": False}
+        assert {name for name, _ in place.enqueued()} == {"every"}
+        async with place.scheduler():
+            await anyio.sleep(20)
+        assert {name for name, _ in place.enqueued()} == {"cron", "every"}
+        assert cron.next_tick is not None
+
+    caplog.set_level("WARNING", logger="s3queue_async")
+    run()
+    assert sum("cannot run a schedule" in record.message for record in caplog.records) == 1
 
 
 @virtual
