@@ -14,13 +14,17 @@ class Wakeup:
     __slots__ = ("_event",)
 
     def __init__(self) -> None:
-        self._event = anyio.Event()
+        # Made for who waits: most changes find nobody, and an event is dearer than all else here.
+        self._event: anyio.Event | None = None
 
     def set(self) -> None:
         """Wake all who wait now."""
-        self._event.set()
-        self._event = anyio.Event()
+        if self._event is not None:
+            self._event.set()
+            self._event = None
 
     async def wait(self) -> None:
         """Return at the next ``set``."""
+        if self._event is None:
+            self._event = anyio.Event()
         await self._event.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Self
 
 CONFIG = "queue.json"
@@ -24,6 +25,8 @@ PRIORITY_MAX = 255
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _PYTHON_BASE_32 = "0123456789abcdefghijklmnopqrstuv"
 _AS_BASE_32 = dict.fromkeys(range(128), "!") | str.maketrans(_CROCKFORD, _PYTHON_BASE_32)
+_CROCKFORD_PAIRS = [first + second for first in _CROCKFORD for second in _CROCKFORD]
+_PAIR_SHIFTS = range(120, -1, -10)
 _ULID_LENGTH = 26
 _RANDOM_BITS = 80
 _DUE_DIGITS = 15
@@ -40,12 +43,10 @@ class Place(StrEnum):
 def ulid(time_ms: int, randomness: int) -> str:
     """A ULID: 48 bits of milliseconds since the epoch, then 80 random bits, sortable as text."""
     value = (time_ms << _RANDOM_BITS) | (randomness & ((1 << _RANDOM_BITS) - 1))
-    letters = []
-    for shift in range(125, -1, -5):
-        letters.append(_CROCKFORD[(value >> shift) & 31])
-    return "".join(letters)
+    return "".join([_CROCKFORD_PAIRS[(value >> shift) & 1023] for shift in _PAIR_SHIFTS])
 
 
+@lru_cache(maxsize=1024)
 def ulid_time_ms(text: str) -> int:
     """The milliseconds since the epoch in a ULID. Raises ValueError when it is none."""
     if len(text) != _ULID_LENGTH or text[0] > "7" or not text.isascii():
