@@ -812,6 +812,11 @@ class S3Queue(Generic[PayloadT]):
         """
         return PluginStorage(self._storage, namespace, ttl_s=None if ttl is None else seconds("ttl", ttl))
 
+    @property
+    def packer(self) -> Packer:
+        """What compresses and encrypts; for what adapters keep in a ``plugin_storage``, once the queue is open."""
+        return self._shared.packer
+
     async def workers(self) -> list[WorkerInfo]:
         """Every registered worker of the queue."""
         self._require_stack()

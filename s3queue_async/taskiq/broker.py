@@ -15,6 +15,7 @@ from taskiq.result_backends.dummy import DummyResultBackend
 
 from s3queue_async.clock import Clock
 from s3queue_async.errors import LeaseLost, QueueClosed
+from s3queue_async.keyring import Keyring
 from s3queue_async.log import log
 from s3queue_async.message import Message, Outcome, Tracing
 from s3queue_async.queue import S3Queue
@@ -45,6 +46,7 @@ class S3QueueBroker(AsyncBroker):
         ack_within: Seconds (or timedelta) after which a task that is not acknowledged is delivered again, although its
             worker is well; up to 30 days, which is the default. No task may take longer.
         tracing: Follows tasks from where they are sent to the worker, such as OpenTelemetryTracing.
+        keyring: Encrypts tasks, and the results beside them; as for S3Queue.
         clock: As for S3Queue; for tests.
     """
 
@@ -57,6 +59,7 @@ class S3QueueBroker(AsyncBroker):
         result_ttl: float | timedelta | None = RESULT_TTL_S,
         ack_within: float | timedelta = ACK_WITHIN_MAX_S,
         tracing: Tracing | None = None,
+        keyring: Keyring | None = None,
         clock: Clock | None = None,
     ) -> None:
         super().__init__()
@@ -68,6 +71,7 @@ class S3QueueBroker(AsyncBroker):
             "settings": settings,
             "storage": storage,
             "tracing": tracing,
+            "keyring": keyring,
             "clock": clock,
         }
         self._ack_within = ack_within

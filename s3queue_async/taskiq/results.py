@@ -15,13 +15,15 @@ from taskiq.exceptions import ResultSetError
 from taskiq.serializers.json_serializer import JSONSerializer
 
 from s3queue_async.clock import Clock, SystemClock
+from s3queue_async.engine.packing import Packer
 from s3queue_async.errors import InvalidSettings, MessageNotFound, QueueClosed, StoreUnavailable, Throttled
+from s3queue_async.keyring import Keyring, keyring_from_environment
 from s3queue_async.log import log
 from s3queue_async.queue import S3Queue
 from s3queue_async.settings import seconds
 from s3queue_async.storage.base import NotFound, Storage, Stored
 from s3queue_async.storage.open import storage_from_url
-from s3queue_async.storage.plugin import PluginStorage
+from s3queue_async.storage.plugin import PluginStorage, plugin_prefix
 
 NAMESPACE = "taskiq"
 RESULTS = "results/"
@@ -49,6 +51,8 @@ class S3QueueResultBackend(AsyncResultBackend[Any]):
         ttl: Seconds (or timedelta) for which results are kept, above 0, up to ten years.
         keep_results: False to delete a result when it is fetched.
         serializer: Turns a result into bytes; None: JSON. Pickle would let everybody run code who may write to the bucket.
+        keyring: Encrypts results in a store of its own; None: the keys of S3QUEUE_ENCRYPTION_KEYS, if any. In the broker's
+            store its keyring counts.
         clock: For tests.
 
     Raises:
@@ -63,6 +67,7 @@ class S3QueueResultBackend(AsyncResultBackend[Any]):
         ttl: float | timedelta = RESULT_TTL_S,
         keep_results: bool = True,
         serializer: TaskiqSerializer | None = None,
+        keyring: Keyring | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._ttl_s = seconds("ttl", ttl)
@@ -72,6 +77,7 @@ class S3QueueResultBackend(AsyncResultBackend[Any]):
         self._keep_results = keep_results
         self._serializer: TaskiqSerializer = JSONSerializer() if serializer is None else serializer
         self._clock = SystemClock() if clock is None else clock
+        self._packer = Packer(keyring=keyring_from_environment() if keyring is None else keyring)
         self._store: PluginStorage | None = None
         self._writes = 0
         self._looked_to = ""
@@ -80,6 +86,7 @@ class S3QueueResultBackend(AsyncResultBackend[Any]):
         """Use the store of this queue, unless there is one of its own."""
         if self._own is None:
             self._store = queue.plugin_storage(NAMESPACE, ttl=self._ttl_s)
+            self._packer = queue.packer
 
     async def startup(self) -> None:
         """Open the store, if it is its own."""
@@ -124,6 +131,7 @@ class S3QueueResultBackend(AsyncResultBackend[Any]):
 
         Raises:
             MessageNotFound: There is none: the task is not done, or its result has outlived its time.
+            Unreadable: It is encrypted, and this process lacks the key.
         """
         body = await self._read(RESULTS, task_id)
         if body is None:
@@ -160,21 +168,24 @@ class S3QueueResultBackend(AsyncResultBackend[Any]):
 
     async def _write(self, kind: str, task_id: str, body: bytes) -> None:
         store = self._opened()
-        await self._insist(lambda: store.put(_key(kind, task_id), body))
+        key = _key(kind, task_id)
+        packed = self._packer.pack_history(plugin_prefix(NAMESPACE) + key, body)
+        await self._insist(lambda: store.put(key, packed))
         self._writes += 1
         if self._writes % WRITES_PER_LOOK == 0:
             await self._delete_expired(store)
 
     async def _read(self, kind: str, task_id: str, *, span: tuple[int, int] | None = None) -> bytes | None:
         store = self._opened()
+        key = _key(kind, task_id)
         try:
-            found = await self._insist(lambda: store.get(_key(kind, task_id), span=span))
+            found = await self._insist(lambda: store.get(key, span=span))
         except NotFound:
             return None
         assert isinstance(found, Stored)  # only a read that names a version is answered otherwise
         if found.date_s is not None and store.expired(found.modified_s, found.date_s):
             return None
-        return found.body
+        return found.body if span else self._packer.unpack_history(plugin_prefix(NAMESPACE) + key, found.body)
 
     async def _delete_expired(self, store: PluginStorage) -> None:
         """Look at the next thousand results, in a circle; whoever writes many looks often."""

@@ -16,7 +16,16 @@ from taskiq.exceptions import ResultGetError, ResultIsReadyError, ResultSetError
 from taskiq.result_backends.dummy import DummyResultBackend
 from taskiq.serializers import PickleSerializer
 
-from s3queue_async import InvalidSettings, MessageNotFound, QueueClosed, S3Queue, StoreUnavailable
+from s3queue_async import (
+    InvalidSettings,
+    Keyring,
+    KeyUnavailable,
+    MessageNotFound,
+    QueueClosed,
+    S3Queue,
+    StoreUnavailable,
+)
+from s3queue_async.storage.base import Stored
 from s3queue_async.taskiq import S3QueueResultBackend
 from s3queue_async.taskiq.results import WRITES_PER_LOOK
 from s3queue_async.testing import FaultyMemory, LoopClock
@@ -277,3 +286,51 @@ def test_queue_has_room_for_others() -> None:
                 queue.plugin_storage("a/b")
 
     virtual(main)()
+
+
+@virtual
+async def test_encrypted_with_the_broker() -> None:
+    """Task, result, and progress are encrypted with the broker's keys; who has none gets the error, not the result."""
+    store = FaultyMemory()
+    broker = make_broker(store, keyring=Keyring({"k": bytes(32)}))
+
+    @broker.task
+    async def echo(text: str, tracker: ProgressTracker[str] = TaskiqDepends()) -> str:  # noqa: B008 - taskiq's way
+        await tracker.set_progress(TaskState.STARTED, text)
+        return text
+
+    async with working(broker):
+        task = await echo.kiq("xyzzy-plugh")
+        assert (await task.wait_result()).return_value == "xyzzy-plugh"
+        progress = await task.get_progress()
+        assert progress is not None
+        assert progress.meta == "xyzzy-plugh"
+    kept = await keys(store)
+    assert len(kept) == 2
+    for key in kept:
+        stored = await store.memory.get(key)
+        assert isinstance(stored, Stored)
+        assert b"xyzzy" not in stored.body
+    other = make_broker(store)
+    async with started(other):
+        with pytest.raises(KeyUnavailable, match="'k', and this process has no keyring"):
+            await other.result_backend.get_result(task.task_id)
+
+
+@virtual
+async def test_encrypted_in_a_store_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend with a store of its own encrypts with its keyring, or with that of the environment."""
+    key = Keyring.new_key()
+    monkeypatch.setenv("S3QUEUE_ENCRYPTION_KEYS", f"k:{key}")
+    store = FaultyMemory()
+    writer = backend_on(store)
+    monkeypatch.delenv("S3QUEUE_ENCRYPTION_KEYS")
+    reader = backend_on(store, keyring=Keyring({"k": key}))
+    await writer.startup()
+    await reader.startup()
+    await writer.set_result("task", result("xyzzy-plugh"))
+    (kept,) = await keys(store)
+    stored = await store.memory.get(kept)
+    assert isinstance(stored, Stored)
+    assert b"xyzzy" not in stored.body
+    assert (await reader.get_result("task")).return_value == "xyzzy-plugh"
