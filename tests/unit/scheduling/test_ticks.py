@@ -8,7 +8,7 @@ from itertools import islice, takewhile
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3queue_async.errors import InvalidSettings
@@ -75,6 +75,7 @@ def test_seconds_and_milliseconds() -> None:
 EXPRESSIONS = ["30 2 * * *", "0,30 2 * * *", "*/7 * * * *", "0 3 * * 1-5", "17 1,2,3 * * *", "*/20 * * * * *"]
 
 
+@settings(deadline=None)
 @given(
     expression=st.sampled_from(EXPRESSIONS),
     zone=st.sampled_from([BERLIN, NEW_YORK, LORD_HOWE]),
@@ -96,6 +97,7 @@ def test_where_the_search_begins_does_not_matter(
     assert whole == sorted(set(whole))
 
 
+@settings(deadline=None)
 @given(
     every_ms=st.integers(1000, 10_000_000),
     anchor=st.integers(0, 10**12),
@@ -111,6 +113,7 @@ def test_every(every_ms: int, anchor: int, after: int) -> None:
     assert second == first + every_ms
 
 
+@settings(deadline=None)
 @given(
     expression=st.sampled_from([*EXPRESSIONS, "0 0 1 * *"]),
     after_s=st.integers(0, 5 * 86_400),
