@@ -134,6 +134,8 @@ def main() -> None:
         parser.error(f"--only: there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if chosen.rounds < 1 or not 0 < chosen.scale <= 10:
         parser.error("--rounds must be 1 or more, --scale above 0, up to 10")
+    if chosen.docs and not chosen.show and (chosen.only or chosen.scale != 1):
+        parser.error("--docs writes what was measured of all parts at full size: leave out --only and --scale")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     shown = chosen.show
     results: Results = json.loads(shown.read_text(encoding="utf-8")) if shown else _measure(chosen, only, console)

@@ -37,7 +37,7 @@ def _peers(parts: dict[str, Any]) -> Any:
         bars = axis.barh(names, [row[rate] for row in rows], color=[OURS if row["ours"] else THEIRS for row in rows])
         axis.bar_label(bars, [f"{row[rate]:,.0f}" for row in rows], padding=3, fontsize=8)
         axis.set_xscale("log")
-        axis.margins(x=0.25)
+        axis.set_xlim(left=1, right=20 * max(row[rate] for row in rows))
         axis.set_title(f"messages {title} a second")
     return figure
 
@@ -92,7 +92,8 @@ def _load(parts: dict[str, Any]) -> Any:
         bars = axis.bar([f"{row[name]:,}" for row in rows], [row[rate] for row in rows], color=OURS, width=0.6)
         axis.bar_label(bars, [f"{row[rate]:,.0f}" for row in rows], fontsize=8)
         axis.set_xlabel(title)
-    axes[0].set_title("messages processed a second")
+        axis.margins(y=0.12)
+    figure.suptitle("messages processed a second")
     return figure
 
 

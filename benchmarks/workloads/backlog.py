@@ -19,7 +19,7 @@ from s3queue_async import S3Queue, Settings
 PER_SEGMENT = 50
 SETTINGS: dict[str, Any] = {"segment_messages_max": PER_SEGMENT}
 MILLION = 1_000_000
-SAMPLE = 20_000
+SAMPLE = 50_000
 WINDOW_PART = 0.25
 SMALL = (50, 5_000)
 HISTORY = 10_000
@@ -36,11 +36,12 @@ async def backlog(bench: Bench) -> Results:
     bench.say(f"  {million:,} messages enqueued in {filled_s:.1f} s")
     enqueue: dict[str, list[float]] = {"empty": [], "million": []}
     process: dict[str, list[Seen]] = {"empty": [], "million": []}
-    for number in range(bench.rounds):
-        small = bench.url(bench.place("empty"))
-        for name, url in (("empty", small), ("million", big)):
+    for number in range(bench.rounds + 2 if bench.rounds > 1 else 1):
+        pair = [("empty", bench.url(bench.place("empty"))), ("million", big)]
+        # Each goes first in turn.
+        for name, url in pair[:: 1 if number % 2 else -1]:
             enqueue[name].append(sample / await _enqueue(url, sample, first=million + number * sample))
-        for name, url in (("empty", small), ("million", big)):
+        for name, url in pair[:: 1 if number % 2 else -1]:
             process[name].append(await _process(url, sample))
     rows = [
         {
