@@ -9,14 +9,14 @@ PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone lint format demo demo-s3 bench cluster sim ablations storm lock clean
+.PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench cluster sim ablations storm lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed-all ## Install the library, the tests' and the checkers' needs into .venv
 
-test: lint test-parallel test-alone ## Everything that CI runs: lint, then all tests with branch coverage
+test: lint test-parallel test-alone guard ## Everything that CI runs: lint, all tests with branch coverage, the regression guard
 
 test-parallel: setup ## Tests that may run side by side, with branch coverage
 	$(PYTEST) -m "not alone" -n $(JOBS) --dist loadfile --cov --cov-report=term
@@ -24,6 +24,9 @@ test-parallel: setup ## Tests that may run side by side, with branch coverage
 test-alone: setup ## Tests that measure time, one after the other
 	@# Exit code 5 means that no test is marked so.
 	$(PYTEST) -m alone || [ $$? -eq 5 ]
+
+guard: setup ## Requests, bytes, calls, instructions and allocations a message, beside benchmarks/baseline.json
+	$(BIN)/python -m benchmarks.guard
 
 test-unit: setup ## The fast tests only: no server, no processes
 	$(PYTEST) -m "not alone and not integration" tests/unit
