@@ -1,7 +1,9 @@
 """An asyncio-native job queue that lives in an S3 bucket."""
 
+from s3queue_async.blocking import SyncS3Queue
 from s3queue_async.dead_letters import DeadLetters
 from s3queue_async.errors import (
+    BlocksEventLoop,
     CorruptObject,
     DecryptionFailed,
     ExtraMissing,
@@ -43,6 +45,7 @@ from s3queue_async.message import (
     WorkerInfo,
 )
 from s3queue_async.queue import S3Queue
+from s3queue_async.scheduling import Schedule
 from s3queue_async.settings import Settings
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.plugin import PluginStorage
@@ -50,6 +53,7 @@ from s3queue_async.storage.plugin import PluginStorage
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlocksEventLoop",
     "CompletedMessage",
     "Context",
     "CorruptObject",
@@ -84,10 +88,12 @@ __all__ = [
     "Release",
     "Retry",
     "S3Queue",
+    "Schedule",
     "Settings",
     "Storage",
     "StoreUnavailable",
     "StoreUnsupported",
+    "SyncS3Queue",
     "Throttled",
     "Tracing",
     "UnknownSetting",

@@ -82,6 +82,15 @@ class QueueClosed(QueueError):
     default_suggestion = "Use the queue inside 'async with S3Queue(...)'."
 
 
+class BlocksEventLoop(QueueError):
+    """Raised when the blocking facade is called where an event loop runs, which would stand still meanwhile."""
+
+    default_suggestion = (
+        "Use S3Queue there and await its methods, or call this one in a thread: "
+        "await asyncio.to_thread(queue.enqueue, payload)."
+    )
+
+
 class LeaseLost(QueueError):
     """Raised when another worker may own the message. Stop; do not acknowledge."""
 

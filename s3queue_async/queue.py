@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from random import Random, SystemRandom  # noqa: TID251 - the one place where chance comes from
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
 
 import anyio
 import msgspec
@@ -56,8 +56,10 @@ from s3queue_async.message import (
     WorkerInfo,
 )
 from s3queue_async.metrics import Meter
+from s3queue_async.middleware.chain import Middleware, checked_middleware, make_handler
 from s3queue_async.protocol import layout
 from s3queue_async.receiver import Receiver, checked_receive
+from s3queue_async.scheduling import Schedule, ScheduleOptions, Scheduler
 from s3queue_async.settings import Settings, seconds, whole_number
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.metered import MeteredStorage, StorageMetrics
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
 else:
     PayloadT = TypeVar("PayloadT")
 HandlerT = TypeVar("HandlerT", bound=HandlerFunction)
+MiddlewareT = TypeVar("MiddlewareT", bound=Middleware)
 
 
 class _Begun:
@@ -108,11 +111,13 @@ class S3Queue(Generic[PayloadT]):
         on_complete: Called with each MessageCompleted event.
         auto_start: Start processing as soon as the queue is open and a handler is there.
         concurrency: Of ``on_message``.
+        middleware: Called around the handler, the first one outermost; see ``middleware()``.
         tracing: Follows messages from their enqueue to their handler, such as OpenTelemetryTracing.
         count_backlog: Whether the ``metrics`` event carries the backlog, which takes three listings or more; None:
             in the process that coordinates, and in a worker that sees no coordinator.
         keyring: Encrypts what is written, and decrypts what is read (extra ``encryption``); None: the keys of
             S3QUEUE_ENCRYPTION_KEYS, and no encryption where that is not set.
+        scheduler: Whether this process enqueues what is scheduled; None: while its handler runs.
         clock, rng: Local time and chance, for tests and simulation.
 
     Raises:
@@ -132,9 +137,11 @@ class S3Queue(Generic[PayloadT]):
         on_complete: Callable[[Any], Any] | None = None,
         auto_start: bool = True,
         concurrency: int = 10,
+        middleware: Iterable[Middleware] = (),
         tracing: Tracing | None = None,
         count_backlog: bool | None = None,
         keyring: Keyring | None = None,
+        scheduler: bool | None = None,
         clock: Clock | None = None,
         rng: Random | None = None,
     ) -> None:
@@ -170,6 +177,16 @@ class S3Queue(Generic[PayloadT]):
         )
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
+        self._scheduler = Scheduler(
+            self._shared,
+            self._producer,
+            self._intake,
+            self._decode,
+            leading=lambda: self.is_coordinator,
+            led=lambda: self._session is not None and self._session.election.live,
+            active=lambda: self._processing if scheduler is None else scheduler,
+        )
+        self._may_schedule = scheduler is not False
         self._inspector = Inspector(self._shared, self._decode, lambda: self._session)
         self._meter = Meter(
             self._shared,
@@ -180,6 +197,7 @@ class S3Queue(Generic[PayloadT]):
             backlog=count_backlog,
         )
         self._tracing = tracing
+        self._middleware = [checked_middleware(layer) for layer in middleware]
         self.dead_letters = DeadLetters(self._inspector, self._working)
         self._auto_start = auto_start
         self._worker: Worker | None = None
@@ -200,7 +218,7 @@ class S3Queue(Generic[PayloadT]):
         if on_complete is not None:
             self._bus.on(MessageCompleted.name, on_complete)
         if on_message is not None:
-            self._worker = Worker(Handler(on_message, self._decode, tracing), concurrency)
+            self._worker = Worker(self._wrapped(on_message), concurrency)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -216,6 +234,8 @@ class S3Queue(Generic[PayloadT]):
             await self._group.start(self._producer.run)
             self._group.start_soon(self._bus.run)
             self._group.start_soon(self._meter.run)
+            if self._may_schedule:
+                self._group.start_soon(self._scheduler.run)
             self._stack = stack.pop_all()
         if self._auto_start and self._worker is not None:
             self._process()
@@ -290,6 +310,8 @@ class S3Queue(Generic[PayloadT]):
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(flush)
+                if self._may_schedule:
+                    group.start_soon(self._scheduler.stop)
                 stopped = await self._stop(timeout_s)
         finally:
             self._report = DrainReport(
@@ -437,6 +459,46 @@ class S3Queue(Generic[PayloadT]):
                 error.enqueued_ids = await writes.ids_written()  # type: ignore[attr-defined]  # told to the caller
             raise
 
+    async def schedule(
+        self, cron: str | None = None, payload: PayloadT | None = None, **options: Unpack[ScheduleOptions]
+    ) -> Schedule:
+        """Have a message enqueued at certain times, once each, whichever processes run; kept in the store.
+
+        Call it at every start: what is there already stays as it is, and a new definition of the same name replaces
+        the old one.
+
+        Args:
+            cron: Five fields as for cron, or six with seconds first; needs the extra ``schedule``. Or instead:
+            every: Seconds (or timedelta), from 1 second to 366 days, counted from the first definition.
+            payload: As for ``enqueue``.
+            name: What tells schedules apart, up to 200 characters; by default made of everything else.
+            timezone: In which cron is meant, a name of the IANA database; by default "UTC".
+            priority, headers, max_attempts, expires_in: Of each message, as in ``enqueue``.
+            grace: Seconds (or timedelta), from 1 second to 30 days, by default an hour: a tick that nobody enqueued for
+                so long is dropped.
+            catch_up: Whether of several missed ticks each is enqueued, or only the last (the default).
+
+        Returns:
+            The schedule; its ``next_tick`` says when it is due.
+
+        Raises:
+            InvalidSettings: An argument is out of its range, or cron or timezone cannot be understood.
+            InvalidPayload, InvalidPriority, MessageTooLarge: As ``enqueue``.
+            StoreUnavailable: The store did not confirm it.
+        """
+        self._require_open()
+        return await self._scheduler.add(cron, payload, options)
+
+    async def schedules(self) -> list[Schedule]:
+        """Every schedule of the queue, by name."""
+        self._require_stack()
+        return await self._scheduler.list()
+
+    async def unschedule(self, name: str) -> bool:
+        """Remove a schedule; False when there is none of that name. What was enqueued stays."""
+        self._require_open()
+        return await self._scheduler.remove(name)
+
     def _outgoing(self, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
         return headers if self._tracing is None else self._tracing.outgoing(headers)
 
@@ -496,6 +558,26 @@ class S3Queue(Generic[PayloadT]):
             return function
 
         return register if function is None else register(function)
+
+    def middleware(self, layer: MiddlewareT) -> MiddlewareT:
+        """Call the function below around the handler, inside those that were registered before.
+
+        It is ``async (message, call_next)``, sees the payload and the context in ``message``, returns what
+        ``await call_next(message)`` returns or something else, and may raise whatever a handler may. What is received
+        with ``receive`` or ``consume`` does not pass it.
+
+        Raises:
+            InvalidSettings: It cannot be called like that, or the handler runs already.
+        """
+        checked = checked_middleware(layer)
+        if self._processing:
+            raise InvalidSettings(
+                "The handler runs already.", suggestion="Register middleware before the handler, or stop_processing()."
+            )
+        self._middleware.append(checked)
+        if self._worker is not None:
+            self._worker = Worker(self._wrapped(self._worker.handler.function), self._worker.concurrency)
+        return layer
 
     def start_processing(self, handler: HandlerFunction | None = None, *, concurrency: int = 10) -> Awaitable[None]:
         """Start processing with this handler, or the one that is registered.
@@ -569,7 +651,10 @@ class S3Queue(Generic[PayloadT]):
                 f"The queue has the handler {self._worker.handler.name} already.",
                 suggestion="Call stop_processing() first, or tell messages apart inside one handler.",
             )
-        self._worker = Worker(Handler(function, self._decode, self._tracing), concurrency)
+        self._worker = Worker(self._wrapped(function), concurrency)
+
+    def _wrapped(self, function: HandlerFunction) -> Handler:
+        return make_handler(function, self._decode, self._tracing, self._middleware, self._shared)
 
     async def _receiving(self) -> Receiver:
         self._require_open()
@@ -613,6 +698,7 @@ class S3Queue(Generic[PayloadT]):
         if self._processing:
             return
         self._processing = True
+        self._scheduler.wake()
         self._serve()
         if self._session is not None:
             self._session.start_worker(self._worker.concurrency, self._worker.start)

@@ -141,7 +141,7 @@ class Slot:
         """Cancel the handler that runs here, not the slot."""
         if self.reason is None:
             self.reason = reason
-            self.task.cancel()
+            self.task.cancel(reason)
 
     def clear(self) -> _Stop | None:
         """Why the handler was stopped, if it was; the slot may go on."""
@@ -149,6 +149,11 @@ class Slot:
         if reason is not None:
             self.task.uncancel()
         return reason
+
+
+def timed_out(cancelled: asyncio.CancelledError) -> bool:
+    """Whether a handler was cancelled because it exceeded ``handler_timeout``; for those that wrap handlers."""
+    return bool(cancelled.args) and cancelled.args[0] is _Stop.TIMEOUT
 
 
 class _Driven:

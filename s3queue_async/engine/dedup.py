@@ -120,6 +120,22 @@ class Deduplicator:
             return None
         return Reservation(name, marker, stored.version)
 
+    async def was_enqueued(self, dedup_id: str) -> bool:
+        """Whether a message with this id was enqueued, by its marker as long as there is one, however old it is.
+
+        Raises:
+            StoreUnavailable: It stayed undecided, because whoever made the marker may still be writing.
+        """
+        for _ in range(RESERVE_TRIES_MAX):
+            reservation = await self.look(dedup_id)
+            if reservation is None:
+                return False
+            written = reservation.marker.state != "intent" or await self._was_written(reservation.marker)
+            if written is not None:
+                return written
+            await self._shared.clock.sleep(LOOK_AGAIN_S * (0.5 + self._shared.random.random()))
+        raise StoreUnavailable(f"Whether {dedup_id!r} was enqueued stayed undecided.", suggestion="Ask again.")
+
     @staticmethod
     def is_duplicate(reservation: Reservation | None, *, message_id: str, key: str, moved: bool) -> bool:
         """Whether a claimed message is a copy that must not run.

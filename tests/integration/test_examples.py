@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,43 @@ def _request(url: str, body: bytes | None = None, headers: Mapping[str, str] | N
     with urllib.request.urlopen(urllib.request.Request(url, body, headers or {}), timeout=WAIT_S) as reply:
         answer: dict[str, Any] = json.load(reply)
     return answer
+
+
+def test_flask_service(tmp_path: Path) -> None:
+    """What the service on Flask takes is in the queue, once for one key; a worker handles it."""
+    (port,) = free_ports(1)
+    base = f"http://127.0.0.1:{port}"
+    with started("examples.flask_service", cwd=tmp_path, PORT=str(port)) as service:
+        read_until(service, "Running on")
+        email = json.dumps({"to": "a@example.com", "subject": "Hello"}).encode()
+        sent = [_request(f"{base}/emails", email, {"idempotency-key": "one"})["message_id"] for _ in range(2)]
+        assert sent[0] == sent[1], "the second is a repetition of the first"
+        assert _request(f"{base}/stats")["pending"] == 1
+        with started("examples.worker", cwd=tmp_path) as worker:
+            assert "sending 'Hello'" in read_until(worker, "sending")
+            ends_at = time.monotonic() + WAIT_S
+            while (status := _request(f"{base}/emails/{sent[0]}")["status"]) != "completed":
+                assert time.monotonic() < ends_at, status
+            stop(worker)
+        code, printed = stop(service)
+        assert code in (0, -signal.SIGTERM), printed
+
+
+def test_scheduled(tmp_path: Path) -> None:
+    """Both schedules are listed, and three ticks come, a second apart (or more, on a machine with other work)."""
+    lines = run("examples.scheduled", cwd=tmp_path).splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["backup", "mail"]
+    ticks = [datetime.fromisoformat(line.rpartition(" ")[2]) for line in lines[2:]]
+    assert len(ticks) == 3
+    assert all((later - first).total_seconds() in range(1, 10) for first, later in itertools.pairwise(ticks))
+
+
+def test_protected(tmp_path: Path) -> None:
+    """The service was away at first: few calls were made then. No order is paid twice, also when it is run again."""
+    for url, paid in ((f"sqlite://{tmp_path}/queue.db", 10), (f"sqlite://{tmp_path}/queue.db", 0)):
+        printed = run("examples.protected", cwd=tmp_path, S3QUEUE_URL=url)
+        assert f"11 messages, paid {paid} times for {paid} orders" in printed
+        assert printed.count("away") <= 5
 
 
 def test_backlog_exporter(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class Cluster:
             payload_type=Job,
             settings=settings,
             keyring=keyring,
+            scheduler=False,
             clock=ProcessClock(process),
             rng=Random(f"process {process} {self.scenario.seed}"),
         )

@@ -21,11 +21,13 @@ from s3queue_async.engine.registry import Heartbeat, Sums
 from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.figures import FIGURES, LATENCIES
 from s3queue_async.metrics import DOLLARS_PER_MILLION
+from s3queue_async.middleware.idempotency import Completed
 from s3queue_async.protocol import segment
 from s3queue_async.protocol.board import Board
 from s3queue_async.protocol.claim import Claim, Move
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.protocol.wrapping import Envelope
+from s3queue_async.scheduling.timetable import Definition, Timetable
 from s3queue_async.settings import CHOICES, RANGES, SEGMENT_MESSAGES_LIMIT
 from s3queue_async.storage.open import _S3_OPTIONS, _SQLITE_OPTIONS
 from s3queue_async.storage.s3 import S3Storage
@@ -190,14 +192,16 @@ def test_layout_names_every_field() -> None:
     """Each field of each object stands in docs/object_layout.md."""
     text = page("docs/object_layout.md")
     for kind in (QueueConfig, segment.Index, segment.Record, segment.Failure, Envelope, Claim, Move, Heartbeat, Marker,
-                 Sums, HistoryRecord):  # fmt: skip
+                 Sums, HistoryRecord, Timetable, Definition, Completed):  # fmt: skip
         missing = [name for name in kind.__struct_fields__ if not re.search(rf'[`" \[]{name}[`",\]]', text)]
         assert not missing, kind
 
 
 def test_layout_examples_are_read_by_the_code() -> None:
     """Each JSON example is an object as the code writes it."""
-    kinds: list[Any] = [QueueConfig, segment.Index, Claim, Heartbeat, Board, Marker, Sums, list[HistoryRecord]]
+    kinds: list[Any] = [
+        QueueConfig, segment.Index, Claim, Heartbeat, Board, Marker, Timetable, Sums, list[HistoryRecord],
+    ]  # fmt: skip
     seen: set[Any] = set()
     for block in blocks("docs/object_layout.md", "json"):
         found = [kind for kind in kinds if _reads(block, kind)]
