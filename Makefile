@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
-CODE := s3queue_async tests $(wildcard benchmarks examples)
+CODE := s3queue_async pytest_s3queue.py tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench cluster sim ablations storm lock clean

@@ -153,13 +153,13 @@ class Tracing(Protocol):
         ...
 
 
-Acknowledge = Callable[[Outcome | None], Awaitable[None]]
+Acknowledge = Callable[[BaseException | None], Awaitable[None]]
 
 
 class Message(Generic[PayloadT]):
     """A received message, to be acknowledged explicitly.
 
-    Each of the four verbs returns once the outcome is recorded with the store, may be called once, and raises
+    Each of the five verbs returns once the outcome is recorded with the store, may be called once, and raises
     LeaseLost when the message is not this receiver's any more.
 
     Attributes:
@@ -185,6 +185,10 @@ class Message(Generic[PayloadT]):
     async def retry(self, *, delay: float | timedelta | None = None, reason: str = "") -> None:
         """Have it tried again after ``delay`` seconds (None: the usual backoff); counts as a failed attempt."""
         await self._settle(Retry(delay=delay, reason=reason))
+
+    async def fail(self, error: BaseException) -> None:
+        """Do what becomes of a message whose handler raises this error: another attempt, or a dead letter that has it."""
+        await self._settle(error)
 
     async def dead_letter(self, reason: str = "") -> None:
         """Move it to the dead letters."""

@@ -58,13 +58,13 @@ from s3queue_async.message import (
 from s3queue_async.metrics import Meter
 from s3queue_async.middleware.chain import Middleware, checked_middleware, make_handler
 from s3queue_async.protocol import layout
-from s3queue_async.receiver import Receiver, checked_receive
+from s3queue_async.receiver import Receiver, checked_ack_within, checked_receive
 from s3queue_async.scheduling import Schedule, ScheduleOptions, Scheduler
 from s3queue_async.settings import Settings, seconds, whole_number
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.metered import MeteredStorage, StorageMetrics
 from s3queue_async.storage.open import storage_from_url
-from s3queue_async.storage.plugin import plugin_prefix
+from s3queue_async.storage.plugin import PluginStorage, plugin_prefix
 from s3queue_async.storage.probe import PROBE_NAMESPACE
 from s3queue_async.storage.throttle import ThrottledStorage
 from s3queue_async.worker import Handler, HandlerFunction, Worker, payload_decoder
@@ -611,19 +611,29 @@ class S3Queue(Generic[PayloadT]):
         group.start_soon(stop)
         return _Begun(done.wait)
 
-    async def receive(self, max_messages: int = 10, *, wait: float | timedelta = 20) -> list[Message[PayloadT]]:
-        """Take up to ``max_messages`` messages, to be acknowledged explicitly within ``visibility_timeout``.
+    async def receive(
+        self,
+        max_messages: int = 10,
+        *,
+        wait: float | timedelta = 20,
+        ack_within: float | timedelta | None = None,
+    ) -> list[Message[PayloadT]]:
+        """Take up to ``max_messages`` messages, to be acknowledged explicitly.
 
         Args:
             max_messages: 1 to 1,000.
             wait: Seconds (or timedelta) to wait for the first one, 0 to 3,600; 0 looks once.
+            ack_within: Seconds (or timedelta) after which a message that is not acknowledged is delivered again, up
+                to 30 days; None: ``visibility_timeout``. As long as this process lives, that is: when it is lost, its
+                messages go to others after ``visibility_timeout`` in any case.
 
         Returns:
             The messages; an empty list when there were none.
         """
         wait_s = checked_receive(max_messages, wait)
+        ack_within_s = self.settings.visibility_timeout if ack_within is None else checked_ack_within(ack_within)
         receiver = await self._receiving()
-        return await receiver.receive(max_messages, wait_s)
+        return await receiver.receive(max_messages, wait_s, ack_within_s)
 
     async def consume(self) -> AsyncIterator[Message[PayloadT]]:
         """Every message as it comes, one at a time, until the queue drains; acknowledge each."""
@@ -792,6 +802,15 @@ class S3Queue(Generic[PayloadT]):
         """Delete every message that waits, delayed ones included; those that are being handled stay. Returns how many."""
         self._require_stack()
         return await self._inspector.purge(layout.READY, layout.DELAYED)
+
+    def plugin_storage(self, namespace: str, *, ttl: float | timedelta | None = None) -> PluginStorage:
+        """A storage of your own beside the queue's messages, under ``plugin/<namespace>/``; usable while it is open.
+
+        Args:
+            namespace: One part of a key; not one of the library's own (docs/object_layout.md).
+            ttl: Seconds (or timedelta) for which ``PluginStorage.expired`` takes an object for good; None: for ever.
+        """
+        return PluginStorage(self._storage, namespace, ttl_s=None if ttl is None else seconds("ttl", ttl))
 
     async def workers(self) -> list[WorkerInfo]:
         """Every registered worker of the queue."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,14 @@ import msgspec
 from s3queue_async.engine.held import Held
 from s3queue_async.engine.session import Session
 from s3queue_async.errors import InvalidSettings, LeaseLost
-from s3queue_async.message import DeadLetter, Message, Outcome, Retry
+from s3queue_async.message import DeadLetter, Message, Retry
 from s3queue_async.settings import seconds, whole_number
 from s3queue_async.worker import Decoder, announce_completed, make_context, refused, settle_error
 
 RECEIVE_MAX = 1000
 WAIT_MAX_S = 3600.0
 WAIT_AT_ONCE_S = 1.0
+ACK_WITHIN_MAX_S = 30 * 24 * 3600.0
 
 
 @dataclass(slots=True)
@@ -25,7 +27,9 @@ class _Outstanding:
     held: Held
     index: int
     attempt: int
+    began: float
     ends_at: float
+    limit: str
     over: bool = False
 
 
@@ -38,11 +42,12 @@ class Receiver:
         self._outstanding: list[_Outstanding] = []
         session.on_tick.append(self._expire)
 
-    async def receive(self, max_messages: int, wait_s: float) -> list[Message[Any]]:
+    async def receive(self, max_messages: int, wait_s: float, ack_within_s: float) -> list[Message[Any]]:
         """Up to ``max_messages`` messages; an empty list when none came within ``wait_s``."""
         session = self._session
         clock = session.shared.clock
         messages: list[Message[Any]] = []
+        begun: list[_Outstanding] = []
         wanted = max_messages
         session.wanted_by_receivers += wanted
         session.claimer.notice()
@@ -52,8 +57,10 @@ class Receiver:
             while wanted > 0 and not session.is_over:
                 taken = session.take()
                 if taken is not None:
-                    message = await self._message(*taken)
-                    if message is not None:
+                    got = await self._message(*taken, ack_within_s)
+                    if got is not None:
+                        item, message = got
+                        begun.append(item)
                         messages.append(message)
                         session.wanted_by_receivers -= 1
                         wanted -= 1
@@ -72,6 +79,10 @@ class Receiver:
                 with anyio.move_on_after(min(left_s, WAIT_AT_ONCE_S)):
                     await session.feed.wait()
                 looked = True
+        except BaseException:
+            # Nobody gets these now.
+            self._hand_back(begun)
+            raise
         finally:
             session.feed.wake_next()
             session.wanted_by_receivers -= wanted
@@ -79,14 +90,19 @@ class Receiver:
 
     def stop(self) -> int:
         """Hand back what is not acknowledged; a later acknowledgement raises LeaseLost."""
-        waiting = list(self._outstanding)
-        for item in waiting:
-            self._end(item)
-            self._session.released(item.held, item.index, attempts=item.attempt - 1)
-            self._session.slot_free()
-        return len(waiting)
+        return self._hand_back(list(self._outstanding))
 
-    async def _message(self, held: Held, index: int) -> Message[Any] | None:
+    def _hand_back(self, items: Iterable[_Outstanding]) -> int:
+        count = 0
+        for item in items:
+            if not item.over:
+                count += 1
+                self._end(item)
+                self._session.released(item.held, item.index, attempts=item.attempt - 1)
+                self._session.slot_free()
+        return count
+
+    async def _message(self, held: Held, index: int, ack_within_s: float) -> tuple[_Outstanding, Message[Any]] | None:
         session = self._session
         record = held.index.records[index]
         attempts = held.attempts(index)
@@ -97,9 +113,10 @@ class Receiver:
             return None
         if held.isolated and not await session.started_alone(held, index):
             return None
-        item = _Outstanding(
-            held, index, attempts + 1, session.shared.clock.monotonic() + session.shared.settings.visibility_timeout
-        )
+        began = session.shared.clock.monotonic()
+        usual = ack_within_s == session.shared.settings.visibility_timeout
+        limit = "visibility_timeout" if usual else f"ack_within={ack_within_s:g} s"
+        item = _Outstanding(held, index, attempts + 1, began, began + ack_within_s, limit)
         self._outstanding.append(item)
         try:
             payload = self._decode(held.payloads[index], record.codec)
@@ -108,16 +125,16 @@ class Receiver:
             settle_error(session, held, index, item.attempt, DeadLetter(f"InvalidPayload: {error}"))
             return None
 
-        async def settle(outcome: Outcome | None) -> None:
+        async def settle(outcome: BaseException | None) -> None:
             await self._settle(item, outcome)
 
-        return Message(payload, make_context(session, held, index, item.attempt), settle)
+        return item, Message(payload, make_context(session, held, index, item.attempt), settle)
 
-    async def _settle(self, item: _Outstanding, outcome: Outcome | None) -> None:
+    async def _settle(self, item: _Outstanding, outcome: BaseException | None) -> None:
         session = self._session
         if item.over or item.held.lost is not None or session.is_over:
             raise LeaseLost(f"Message {item.held.index.records[item.index].id} is not this receiver's any more.")
-        took_s = session.shared.clock.monotonic() - (item.ends_at - session.shared.settings.visibility_timeout)
+        took_s = session.shared.clock.monotonic() - item.began
         self._end(item)
         if outcome is None:
             session.finished(item.held, item.index, attempt=item.attempt, duration_s=took_s, result=None)
@@ -139,7 +156,7 @@ class Receiver:
                 self._end(item)
             elif now >= item.ends_at:
                 self._end(item)
-                reason = "not acknowledged within visibility_timeout"
+                reason = f"not acknowledged within {item.limit}"
                 settle_error(self._session, item.held, item.index, item.attempt, Retry(delay=0, reason=reason))
 
 
@@ -150,3 +167,11 @@ def checked_receive(max_messages: int, wait: Any) -> float:
     if not 0 <= wait_s <= WAIT_MAX_S:
         raise InvalidSettings(f"wait={wait!r} is out of range: 0 to {WAIT_MAX_S:g} seconds.")
     return wait_s
+
+
+def checked_ack_within(ack_within: Any) -> float:
+    """The time in seconds. Raises InvalidSettings when it is out of range."""
+    ack_within_s = seconds("ack_within", ack_within)
+    if not 0 < ack_within_s <= ACK_WITHIN_MAX_S:
+        raise InvalidSettings(f"ack_within={ack_within!r} is out of range: above 0, up to 30 days.")
+    return ack_within_s

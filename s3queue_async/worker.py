@@ -217,6 +217,11 @@ class Worker:
         for _ in range(self.concurrency):
             group.start_soon(self._slot, session)
 
+    @property
+    def threads(self) -> int:
+        """How many handlers run in threads."""
+        return int(self._limiter.borrowed_tokens)
+
     def stop_running(self) -> int:
         """Cancel the handlers that run; their messages are handed back. Returns how many."""
         running = list(self._busy)

@@ -327,7 +327,11 @@ class Session:
             self.slot_free()
             return False
         except BaseException:
+            # Whoever asked for it is cancelled: it was taken, nobody will run it, and it is not done.
             self.feed.done(held)
+            if held.lost is None:
+                self.released(held, index, attempts=held.attempts(index))
+            self.slot_free()
             raise
         if not self.lease.trusted:
             # This process stood still over the record's reply: another worker may run the message by now.

@@ -279,6 +279,35 @@ def test_lambda_style(tmp_path: Path) -> None:
     assert "handled: 5" in run("examples.lambda_style", cwd=tmp_path)
 
 
+def test_taskiq_app(tmp_path: Path) -> None:
+    """With a worker of taskiq's beside it, tasks are run, early and late ones, and the one that fails is a dead letter."""
+    environment = _environment(tmp_path, {"S3QUEUE_MAX_POLL_INTERVAL": "0.2"})
+    command = [sys.executable, "-m", "taskiq", "worker", "examples.taskiq_app:broker", "--workers", "1"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as worker:
+        try:
+            lines = run("examples.taskiq_app", cwd=tmp_path, S3QUEUE_MAX_POLL_INTERVAL="0.2").splitlines()
+        finally:
+            worker.terminate()
+            printed, _ = worker.communicate(timeout=WAIT_S)
+    assert lines == [
+        "Hello, world",
+        "Hello, you there, two seconds later",
+        "failed: ZeroDivisionError('float division by zero')",
+        "dead letter: divide, ZeroDivisionError: float division by zero, 2 attempts",
+    ]
+    assert printed.decode().count("greeting") == 2
+
+
+def test_tests_of_handlers(tmp_path: Path) -> None:
+    """The example's tests pass, as a user would run them, without a plugin for async tests."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    plugins = ("-p", "pytest_s3queue", "-p", "no:asyncio", "-p", "no:anyio", "-p", "no:cacheprovider")
+    printed = run("pytest", "-q", "-c", "pytest.ini", *plugins, str(ROOT / "examples" / "test_signup.py"), cwd=tmp_path)
+    assert re.search(r"^8 passed", printed, re.MULTILINE)
+
+
 def test_cost(tmp_path: Path) -> None:
     """The README's two prices come out."""
     printed = run("examples.cost", cwd=tmp_path)

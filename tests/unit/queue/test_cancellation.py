@@ -292,3 +292,67 @@ def test_the_store_is_cut_off_for_good(applied: bool) -> None:
         if passed:
             break
     assert passed
+
+
+async def leave_a_suspect(bed: Bed) -> None:
+    """A message whose worker was lost while it handled it: whoever gets it records its start first, and runs it alone."""
+    lane, faults = bed.lane()
+    reached = anyio.Event()
+
+    async def cut(payload: str) -> None:
+        faults.unavailable()
+        reached.set()
+        await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as group:
+
+        async def lost() -> None:
+            async with bed.queue(storage=lane, settings=SETTINGS, on_message=cut) as queue:
+                await queue.enqueue("suspect")
+                await anyio.sleep_forever()
+
+        group.start_soon(lost)
+        await reached.wait()
+        group.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("how", ["receive", "process_next"])
+@pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
+def test_a_recorded_start_is_cancelled(applied: bool, how: str) -> None:
+    """Who asked for a message is cancelled while its start is recorded: it comes to the next, soon, and is not lost."""
+
+    async def main() -> None:
+        bed = Bed()
+        await leave_a_suspect(bed)
+        handled: list[Any] = []
+        async with bed.queue(settings=SETTINGS, on_message=handled.append, auto_start=False) as queue:
+            hold = bed.faults.hold_reply if applied else bed.faults.hold
+            # The first write of a claim takes the segment over, the second records the start.
+            gate = hold("put", key="claims/*", skip=1)
+
+            async def ask() -> None:
+                if how == "receive":
+                    await queue.receive(wait=60)
+                await eventually(queue.process_next)
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(ask)
+                await gate.reached.wait()
+                assert any(key.startswith("ready/") for key in await bed.keys())
+                group.cancel_scope.cancel()
+            assert handled == []
+            began = anyio.current_time()
+            (message,) = await queue.receive(wait=60)
+            assert anyio.current_time() - began < 5
+            assert (message.payload, message.context.attempt) == ("suspect", 1)
+            await message.release()
+        async with bed.queue(settings=SETTINGS, on_message=handled.append) as queue:
+            await eventually(lambda: _all_gone(queue))
+        assert handled == ["suspect"]
+
+    virtual(main)()
+
+
+async def _all_gone(queue: S3Queue[Any]) -> bool:
+    stats = await queue.stats(exact=True)
+    return stats.pending + stats.processing + stats.delayed == 0

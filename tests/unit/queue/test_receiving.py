@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -105,6 +106,46 @@ async def test_consume() -> None:
                 await queue.drain()
     assert sorted(got) == list(range(8))
     assert [key for key in await bed.leftovers() if not key.startswith("claims/")] == []
+
+
+@virtual
+async def test_ack_within() -> None:
+    """It goes before visibility_timeout, in both directions, as long as the receiver lives."""
+    bed = Bed()
+    async with bed.queue() as queue, bed.queue() as other:
+        await queue.enqueue_many(["long", "short"])
+        (long,) = await queue.receive(1, ack_within=timedelta(hours=1))
+        (short,) = await queue.receive(1, ack_within=5)
+        (again,) = await other.receive(wait=20)
+        assert again.payload == short.payload
+        await again.dead_letter()
+        assert await other.receive(wait=3500) == []
+        await long.ack()
+        for bad in (0, -1, 31 * 86400, "x"):
+            with pytest.raises(InvalidSettings, match="ack_within"):
+                await queue.receive(ack_within=bad)  # type: ignore[arg-type]
+
+
+@virtual
+async def test_fail() -> None:
+    """It is what a handler's exception would be: a retry after the backoff, then a dead letter with the traceback."""
+    bed = Bed()
+    async with bed.queue(settings=Settings(max_attempts=2, coordinator=False)) as queue:
+        await queue.enqueue("x")
+        for attempt in (1, 2):
+            (message,) = await queue.receive(wait=10)
+            assert message.context.attempt == attempt
+            try:
+                raise ValueError("no")
+            except ValueError as error:
+                await message.fail(error)
+        (letter,) = await queue.dead_letters.list()
+        assert (letter.error, letter.attempts) == ("ValueError: no", 2)
+        assert 'raise ValueError("no")' in letter.traceback
+        await queue.enqueue("y")
+        (message,) = await queue.receive(wait=10)
+        await message.fail(DeadLetter("at once"))
+        assert {letter.error for letter in await queue.dead_letters.list()} == {"ValueError: no", "at once"}
 
 
 @virtual
