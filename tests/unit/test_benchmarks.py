@@ -1,0 +1,106 @@
+"""What the benchmarks conclude, and that the document shows what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.bench import BEGIN, DOCS, DOCUMENT, END, FIGURES, PARTS, document
+from benchmarks.contenders.base import Tally, drain, payloads, quantile
+from benchmarks.criteria import verdicts
+from benchmarks.report import markdown
+from tests.unit.benchmark_contenders import Careless
+
+FIGURES_FILE = DOCS / FIGURES
+
+
+def figures() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FIGURES_FILE.read_text(encoding="utf-8"))
+    return found
+
+
+async def test_losses_are_seen() -> None:
+    """A contender that loses two messages and delivers one twice is charged with just that."""
+    drained = await drain(Careless(lose=2, repeat=1), 20, patience_s=0.05)
+    assert (drained.lost, drained.duplicated) == (2, 1)
+    assert drained.enqueue.messages == drained.process.messages == 20
+
+
+async def test_duplicates_do_not_stand_in_for_what_is_missing() -> None:
+    """As many messages as were sent are not enough: the tally is full when every one came."""
+    tally = Tally(3)
+    first, second, third = payloads(3)
+    for payload in (first, first, second, second):
+        tally(payload)
+    assert not tally.full.is_set()
+    tally(third)
+    assert tally.full.is_set()
+    assert (tally.lost, tally.duplicated) == (0, 2)
+
+
+def test_payloads_differ_and_have_the_size() -> None:
+    """Payloads are what the workloads say: so many, so large, all different."""
+    made = payloads(1000, 100, first=7)
+    assert len(set(made)) == 1000
+    assert {len(payload) for payload in made} == {100}
+    assert made[0].startswith(b"00000007x")
+
+
+def test_quantiles() -> None:
+    """The median is the middle, and the 99th percentile is near the largest."""
+    values = [float(number) for number in range(1, 102)]
+    assert quantile(values, 0.5) == 51
+    assert quantile(values, 0.99) == 100
+    assert quantile([3.0], 0.99) == 3.0
+
+
+def test_nothing_measured_is_neither_met_nor_missed() -> None:
+    """Without figures no promise counts as kept or broken, and each says what is missing."""
+    found = verdicts({})
+    assert found
+    assert {verdict.met for verdict in found} == {None}
+    assert all("was not run" in verdict.seen for verdict in found)
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(0.8, True), (0.79, False)])
+def test_a_promise_is_judged_by_the_figure(ratio: float, met: bool) -> None:
+    """Beside the bare loop, 0.8 keeps the promise and 0.79 does not, and the line shows the figure."""
+    rows = [
+        {"scheme": "s3", "per_segment": 256, "phase": phase, "side": "queue", "ratio": ratio}
+        for phase in ("enqueue", "process")
+    ]
+    verdict = verdicts({"bare": {"rows": rows}})[0]
+    assert verdict.met is met
+    assert f"enqueue {ratio:.2f}" in verdict.seen
+
+
+def test_the_document_has_every_part() -> None:
+    """The committed figures are those of a whole run at full size."""
+    committed = figures()
+    assert committed["parts"].keys() == PARTS.keys()
+    assert committed["scale"] == 1
+
+
+def test_the_document_shows_the_figures() -> None:
+    """The tables of docs/performance.md are made of docs/performance.json, and nobody changed either by hand."""
+    page = (DOCS / DOCUMENT).read_text(encoding="utf-8")
+    assert page.count(BEGIN) == page.count(END) == 1
+    assert document(figures(), page) == page
+
+
+def test_every_promise_is_in_the_document() -> None:
+    """Each thing asked stands in the document with what was seen, kept or not."""
+    shown = markdown(figures())
+    for verdict in verdicts(figures()["parts"]):
+        assert f"| {verdict.asked} | {verdict.seen} | {verdict.word} |" in shown
+
+
+def test_pictures_are_there() -> None:
+    """Each picture that the tables show was written by the same run."""
+    pictures = [name for name in markdown(figures()).split("(") if name.startswith("performance-")]
+    assert pictures
+    for name in pictures:
+        assert Path(DOCS / name.partition(")")[0]).stat().st_size > 0
