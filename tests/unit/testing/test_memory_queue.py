@@ -240,6 +240,24 @@ async def test_tracing_is_passed_on() -> None:
 
 
 @virtual
+async def test_schedules_and_middleware() -> None:
+    """Schedules tick as time goes by, where the queue was told to have them; middleware is around the handler."""
+    handled: list[Any] = []
+    passed: list[str] = []
+
+    async def note(message: Any, call_next: Any) -> Any:
+        passed.append(message.payload)
+        return await call_next(message)
+
+    async with MemoryQueue(scheduler=True, middleware=[note], on_message=handled.append) as queue:
+        await queue.schedule(every=timedelta(hours=1), payload="tick")
+        await asyncio.sleep(10 * 3600 + 60)
+        assert handled == []
+        assert (await queue.run_until_idle()).completed == 10
+        assert handled == passed == ["tick"] * 10
+
+
+@virtual
 async def test_two_queues_on_one_store() -> None:
     """What one enqueues the other handles; the store outlives both."""
     store = FaultyMemory()
