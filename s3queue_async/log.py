@@ -2,6 +2,9 @@
 
 Where structlog is configured, events go there; otherwise they go to the standard library's logger
 ``s3queue_async``, which shows nothing before a handler is set up.
+
+Context comes along by structlog's context variables: ``queue`` and ``worker`` in what workers say, ``message`` and
+``attempt`` as well while a handler runs, also in what the handler itself logs with structlog.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ _standard = structlog.wrap_logger(
     logging.getLogger(NAME),
     processors=[
         structlog.stdlib.filter_by_level,
+        structlog.contextvars.merge_contextvars,
         structlog.processors.format_exc_info,
         structlog.processors.KeyValueRenderer(key_order=["event"], drop_missing=True),
     ],
@@ -36,3 +40,12 @@ class Log:
 
 
 log = Log()
+
+
+bound = structlog.contextvars.bound_contextvars
+"""The same for the tasks that are started inside of a block."""
+
+
+def bind(**context: object) -> None:
+    """Add to the context of everything that this task, and those that it starts from now on, will log."""
+    structlog.contextvars.bind_contextvars(**context)

@@ -21,7 +21,7 @@ from s3queue_async.engine.held import Held
 from s3queue_async.engine.session import Session
 from s3queue_async.errors import InvalidSettings
 from s3queue_async.events import LoopBlocked, MessageCompleted, MessageProcessing
-from s3queue_async.log import log
+from s3queue_async.log import bind, log
 from s3queue_async.message import Context, DeadLetter, Outcome, Release, Retry, Tracing
 from s3queue_async.protocol.segment import Codec, Failure, Record
 from s3queue_async.settings import whole_number
@@ -309,6 +309,7 @@ class Worker:
                 coroutine = handler.start(payload, context, self._limiter)
                 # A call that never waits is over after this one step, without a task or a timer of its own.
                 variables = copy_context()
+                variables.run(bind, message=record.id, attempt=attempt)
                 yielded = variables.run(coroutine.send, None)
             except StopIteration as stop:
                 result = stop.value

@@ -33,7 +33,7 @@ from s3queue_async.events import (
     WorkerStarted,
     WorkerStopped,
 )
-from s3queue_async.log import log
+from s3queue_async.log import bind, log
 from s3queue_async.protocol.backoff import retry_delay_s
 from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.layout import Place, SegmentKey
@@ -57,10 +57,11 @@ FAREWELL_S = 5.0
 class Tally:
     """Counts as it goes."""
 
-    __slots__ = ("completed", "dead", "failed", "retried")
+    __slots__ = ("completed", "dead", "failed", "handler_s", "latency_s", "retried")
 
     def __init__(self) -> None:
         self.completed = self.retried = self.failed = self.dead = 0
+        self.handler_s = self.latency_s = 0.0
 
 
 class Session:
@@ -154,6 +155,7 @@ class Session:
         Raises:
             StoreUnavailable, Throttled: The worker could not register.
         """
+        bind(worker=self.worker_id)
         try:
             await self.lease.register()
         except BaseException:
@@ -251,7 +253,14 @@ class Session:
     def counters(self) -> Counters:
         """What this session's worker did so far."""
         tally = self._tally
-        return Counters(tally.completed, tally.retried, tally.failed, tally.dead)
+        return Counters(
+            tally.completed,
+            tally.retried,
+            tally.failed,
+            tally.dead,
+            round(tally.handler_s, 3),
+            round(tally.latency_s, 3),
+        )
 
     @property
     def coordination(self) -> Coordination:
@@ -350,7 +359,11 @@ class Session:
         held.finished.append(index)
         if self.settler.keep_done:
             held.done.append(Done(index, attempt, duration_s, result))
-        self._tally.completed += counts
+        if counts:
+            tally = self._tally
+            tally.completed += 1
+            tally.handler_s += duration_s
+            tally.latency_s += max(0.0, (self.shared.time.now_ms() - held.index.records[index].enqueued_ms) / 1000)
         self._after(held)
 
     def retry(
@@ -383,7 +396,7 @@ class Session:
         """The message becomes a dead letter."""
         record = held.index.records[index]
         self._tally.dead += 1
-        log.info("dead letter", message=record.id, attempts=attempts, error=failure.reason, worker=self.worker_id)
+        log.info("dead letter", message=record.id, attempt=attempts, error=failure.reason, worker=self.worker_id)
         self.shared.bus.emit(
             MessageDead(message_id=record.id, worker_id=self.worker_id, attempts=attempts, error=failure.reason)
         )
@@ -452,7 +465,8 @@ class Session:
 
     def _vitals(self) -> Vitals:
         names = {*self.held, *self.claimer.claiming, *self.settler.revivable()}
-        return Vitals(self._capacity_now(), self.feed.running, sorted(names), self.counters)
+        requests, throttled = self.shared.requests()
+        return Vitals(self._capacity_now(), self.feed.running, sorted(names), self.counters, requests, throttled)
 
     async def finish_orphan(self, key: SegmentKey) -> None:
         """Take over a dead letter's claim that nobody holds, and settle what its holder left undone."""
