@@ -97,8 +97,8 @@ def commands() -> dict[str, click.Command]:
 
 def _register() -> None:
     # Here, so that the modules of the commands may import this one's neighbours in any order.
-    from s3queue_async.cli import bench, dead, doctor, enqueue, look, operate, tail, top, transfer, work
+    from s3queue_async.cli import bench, dead, doctor, enqueue, look, operate, schedule, tail, top, transfer, work
 
-    for module in (enqueue, work, look, tail, top, dead, operate, doctor, bench, transfer):
+    for module in (enqueue, work, look, tail, top, dead, operate, schedule, doctor, bench, transfer):
         for command in module.COMMANDS:
             root.add_command(command)

@@ -112,6 +112,25 @@ def test_config(shell: Shell) -> None:
     assert "visibility_timeout" in changed.does("config").out
 
 
+def test_schedules(local: Shell) -> None:
+    """Added, listed and removed by the command line; a worker enqueues the ticks."""
+    assert local.ends("schedule", "add", "x").code == 2
+    assert "is" in local.ends("schedule", "add", "x", "--cron", "61 * * * *").err
+    added = local.does("schedule", "add", '{"fail": "tick"}', "--every", "1s", "--name", "quick", "--json").document
+    assert (added["name"], added["every"], added["payload"]) == ("quick", 1.0, {"fail": "tick"})
+    local.does("schedule", "add", "x", "--cron", "0 3 * * *", "--timezone", "Europe/Berlin", "--name", "daily")
+    daily, quick = local.does("schedule", "list", "--json").lines
+    assert (daily["name"], daily["cron"], daily["timezone"]) == ("daily", "0 3 * * *", "Europe/Berlin")
+    assert "0 3 * * * (Europe/Berlin)" in local.does("schedule", "list").out
+    assert quick["last_tick"] is None
+    with local.running("work", "tasks:send") as worker:
+        worker.says("sending")
+        assert worker.ends() == 0
+    assert local.ends("schedule", "remove", "quick").code == 7
+    assert local.does("schedule", "remove", "quick", "--yes", "--json").document == {"removed": "quick"}
+    assert local.ends("schedule", "remove", "quick", "--yes").code == 3
+
+
 def test_step_down(shell: Shell) -> None:
     """Of two workers the other one leads afterwards; without a coordinator there is nothing to do."""
     shell.does("enqueue", "x")
