@@ -10,9 +10,11 @@ Context comes along by structlog's context variables: ``queue`` and ``worker`` i
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 import structlog
+from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
 NAME = "s3queue_async"
 
@@ -44,6 +46,12 @@ log = Log()
 
 bound = structlog.contextvars.bound_contextvars
 """The same for the tasks that are started inside of a block."""
+
+
+MESSAGE: ContextVar[str] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}message")
+ATTEMPT: ContextVar[int] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}attempt")
+"""Set for each message that is handled, and found by structlog because of their names: bind() would take ten times the
+calls, a quarter of what a message costs at all."""
 
 
 def bind(**context: object) -> None:

@@ -78,6 +78,7 @@ URL_VARIABLE = "S3QUEUE_URL"
 BACKLOG_LOOK_S = 1.0
 RESTART_PAUSE_MAX_S = 30.0
 LIVE_WITHIN_S = 30.0
+NAME_LENGTH_MAX = 100
 
 if TYPE_CHECKING:
     import typing_extensions
@@ -157,6 +158,7 @@ class S3Queue(Generic[PayloadT]):
                 raise InvalidURL(f"No url was given, and {URL_VARIABLE} is not set.")
             storage = storage_from_url(url)
         self.url = url
+        self._name = repr(storage)[:NAME_LENGTH_MAX] if url is None else url.partition("?")[0]
         self._decode = payload_decoder(payload_type)
         self._bus = EventBus()
         self._clock = SystemClock() if clock is None else clock
@@ -932,7 +934,7 @@ class S3Queue(Generic[PayloadT]):
     @property
     def name(self) -> str:
         """What names the queue in logs: its url without parameters, or what its storage says."""
-        return repr(self._metered.storage) if self.url is None else self.url.partition("?")[0]
+        return self._name
 
     @property
     def is_coordinator(self) -> bool:

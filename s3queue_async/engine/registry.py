@@ -44,7 +44,7 @@ NOT_RENEWED = "not renewed in time"
 FENCED = "fenced by another worker"
 
 
-class Counters(msgspec.Struct, frozen=True):
+class Counters(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a worker did since its start, in messages.
 
     Attributes:
@@ -72,7 +72,7 @@ class Sums(msgspec.Struct, frozen=True):
     counters: Counters
 
 
-class Heartbeat(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker's heartbeat.
 
     Attributes:

@@ -130,6 +130,8 @@ class Session:
         )
         self.held: dict[str, Held] = {}
         self._tally = Tally()
+        # Store time a moment ago; asking for it anew with each message would cost more than a figure is worth.
+        self._now_ms = 0
         self.wanted_by_receivers = 0
         self.on_tick: list[Callable[[float], None]] = []
         self._ended: dict[str, float] = {}
@@ -363,7 +365,8 @@ class Session:
             tally = self._tally
             tally.completed += 1
             tally.handler_s += duration_s
-            tally.latency_s += max(0.0, (self.shared.time.now_ms() - held.index.records[index].enqueued_ms) / 1000)
+            latency_s = (self._now_ms - held.index.records[index].enqueued_ms) / 1000
+            tally.latency_s += latency_s if latency_s > duration_s else duration_s
         self._after(held)
 
     def retry(
@@ -423,6 +426,7 @@ class Session:
     # -- what is held --------------------------------------------------------------------------------------------
 
     def _deliver(self, held: Held) -> None:
+        self._now_ms = self.shared.time.now_ms()
         self._hold(held)
         if self.shared.bus.wants(MessageClaimed.name):
             for index in held.waiting:
@@ -502,6 +506,7 @@ class Session:
             while not self.held:
                 await self._delivered.wait()
             now = clock.monotonic()
+            self._now_ms = self.shared.time.now_ms()
             for held in list(self.held.values()):
                 if held.lost is None:
                     self._split(held, now)

@@ -141,11 +141,6 @@ class MeteredStorage:
         """What was counted so far."""
         return StorageMetrics(**{operation: counts.frozen() for operation, counts in self._counts.items()})
 
-    @property
-    def storage(self) -> Storage:
-        """The storage below."""
-        return self._storage
-
     def totals(self) -> tuple[dict[str, int], int]:
         """The requests so far by operation, those that were made at all, and how many of all were throttled."""
         made = {operation: counts.attempts for operation, counts in self._counts.items() if counts.attempts}
