@@ -1,6 +1,7 @@
 """An asyncio-native job queue that lives in an S3 bucket."""
 
 from s3queue_async.blocking import SyncS3Queue
+from s3queue_async.coordinator import Coordinator
 from s3queue_async.dead_letters import DeadLetters
 from s3queue_async.errors import (
     BlocksEventLoop,
@@ -29,6 +30,7 @@ from s3queue_async.errors import (
 from s3queue_async.events import Event, Latency, MetricsSnapshot
 from s3queue_async.figures import log_metrics
 from s3queue_async.keyring import Keyring
+from s3queue_async.looks import CoordinatorInfo, ErrorCount, MessageInfo, Overview
 from s3queue_async.message import (
     CompletedMessage,
     Context,
@@ -56,12 +58,15 @@ __all__ = [
     "BlocksEventLoop",
     "CompletedMessage",
     "Context",
+    "Coordinator",
+    "CoordinatorInfo",
     "CorruptObject",
     "DeadLetter",
     "DeadLetters",
     "DeadMessage",
     "DecryptionFailed",
     "DrainReport",
+    "ErrorCount",
     "Event",
     "ExtraMissing",
     "Health",
@@ -74,11 +79,13 @@ __all__ = [
     "Latency",
     "LeaseLost",
     "Message",
+    "MessageInfo",
     "MessageNotFound",
     "MessageStatus",
     "MessageTooLarge",
     "MetricsSnapshot",
     "NewerFormat",
+    "Overview",
     "PlaintextRefused",
     "PluginStorage",
     "QueueClosed",

@@ -23,6 +23,11 @@ class Clock(Protocol):
         ...
 
 
+def wall_clock() -> float:
+    """What this machine's clock shows, seconds since the epoch; for people and for diagnosis, never for the protocol."""
+    return time.time()
+
+
 class SystemClock:
     """The machine's clock.
 

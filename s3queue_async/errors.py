@@ -106,10 +106,28 @@ class StoreUnsupported(QueueError):
 
 
 class StoreUnavailable(QueueError):
-    """Raised when the store cannot be reached or refuses; a write may or may not have been applied."""
+    """Raised when the store cannot be reached or refuses; a write may or may not have been applied.
+
+    Attributes:
+        code: The store's own code for a refusal, such as ``AccessDenied``; "" when there was no reply.
+        date_s: The store's clock as it refused, seconds since the epoch; None when that is not known.
+    """
 
     default_retriable = True
     default_suggestion = "Check the endpoint and the network, then try again."
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        suggestion: str | None = None,
+        retriable: bool | None = None,
+        code: str = "",
+        date_s: float | None = None,
+    ) -> None:
+        super().__init__(message, suggestion=suggestion, retriable=retriable)
+        self.code = code
+        self.date_s = date_s
 
 
 class Throttled(QueueError):

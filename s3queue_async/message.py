@@ -303,6 +303,12 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
         completed: Messages completed since its start.
         heartbeat_age: Seconds since its last heartbeat.
         alive: False once its lease has run out.
+        retried, failed, dead: Attempts that led to another one, attempts that failed, and dead letters since its start.
+        handler_seconds: Seconds that the handlers of the completed messages ran, together.
+        latency_seconds: Seconds from the enqueues of the completed messages to their ends, together.
+        requests: Requests that its process made of the store, by operation.
+        throttled: How many of them the store refused for being too many.
+        reported_at: Store time of all these figures; None when no heartbeat told it.
     """
 
     id: str
@@ -312,6 +318,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     completed: int
     heartbeat_age: float
     alive: bool
+    retried: int = 0
+    failed: int = 0
+    dead: int = 0
+    handler_seconds: float = 0.0
+    latency_seconds: float = 0.0
+    requests: Mapping[str, int] = {}
+    throttled: int = 0
+    reported_at: datetime | None = None
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):

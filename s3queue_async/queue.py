@@ -17,9 +17,13 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from s3queue_async.clock import Clock, SystemClock
+from s3queue_async.coordinator import Coordinator
 from s3queue_async.dead_letters import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, DeadLetters
+from s3queue_async.engine.browser import Browser
 from s3queue_async.engine.config import open_queue
+from s3queue_async.engine.follower import Follower
 from s3queue_async.engine.inspector import Inspector
+from s3queue_async.engine.overview import Watcher
 from s3queue_async.engine.packing import Packer
 from s3queue_async.engine.producer import BulkWriter, Expected, Producer
 from s3queue_async.engine.session import Session
@@ -44,7 +48,8 @@ from s3queue_async.events import (
 )
 from s3queue_async.intake import Intake
 from s3queue_async.keyring import Keyring, keyring_from_environment
-from s3queue_async.log import log
+from s3queue_async.log import bind, bound, log
+from s3queue_async.looks import MessageInfo, Overview
 from s3queue_async.message import (
     CompletedMessage,
     DrainReport,
@@ -73,6 +78,7 @@ URL_VARIABLE = "S3QUEUE_URL"
 BACKLOG_LOOK_S = 1.0
 RESTART_PAUSE_MAX_S = 30.0
 LIVE_WITHIN_S = 30.0
+NAME_LENGTH_MAX = 100
 
 if TYPE_CHECKING:
     import typing_extensions
@@ -152,6 +158,7 @@ class S3Queue(Generic[PayloadT]):
                 raise InvalidURL(f"No url was given, and {URL_VARIABLE} is not set.")
             storage = storage_from_url(url)
         self.url = url
+        self._name = repr(storage)[:NAME_LENGTH_MAX] if url is None else url.partition("?")[0]
         self._decode = payload_decoder(payload_type)
         self._bus = EventBus()
         self._clock = SystemClock() if clock is None else clock
@@ -175,6 +182,7 @@ class S3Queue(Generic[PayloadT]):
         self._shared = Shared(
             self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus, packer=packer
         )
+        self._shared.requests = self._metered.totals
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
         self._scheduler = Scheduler(
@@ -188,6 +196,8 @@ class S3Queue(Generic[PayloadT]):
         )
         self._may_schedule = scheduler is not False
         self._inspector = Inspector(self._shared, self._decode, lambda: self._session)
+        self._browser = Browser(self._shared, self._inspector, self._decode)
+        self._watcher = Watcher(self._shared)
         self._meter = Meter(
             self._shared,
             self._metered,
@@ -198,7 +208,8 @@ class S3Queue(Generic[PayloadT]):
         )
         self._tracing = tracing
         self._middleware = [checked_middleware(layer) for layer in middleware]
-        self.dead_letters = DeadLetters(self._inspector, self._working)
+        self.dead_letters = DeadLetters(self._inspector, self._browser, self._working)
+        self.coordinator = Coordinator(self._shared)
         self._auto_start = auto_start
         self._worker: Worker | None = None
         self._session: Session | None = None
@@ -231,11 +242,12 @@ class S3Queue(Generic[PayloadT]):
             await open_queue(self._shared)
             self.settings = self._shared.settings
             self._group = await stack.enter_async_context(anyio.create_task_group())
-            await self._group.start(self._producer.run)
-            self._group.start_soon(self._bus.run)
-            self._group.start_soon(self._meter.run)
-            if self._may_schedule:
-                self._group.start_soon(self._scheduler.run)
+            with bound(queue=self.name):
+                await self._group.start(self._producer.run)
+                self._group.start_soon(self._bus.run)
+                self._group.start_soon(self._meter.run)
+                if self._may_schedule:
+                    self._group.start_soon(self._scheduler.run)
             self._stack = stack.pop_all()
         if self._auto_start and self._worker is not None:
             self._process()
@@ -295,7 +307,8 @@ class S3Queue(Generic[PayloadT]):
             assert self._group is not None
             self._draining = True
             # In the queue's own group: a caller that is cancelled stops waiting, and the drain goes on.
-            self._group.start_soon(self._drain, timeout_s)
+            with bound(queue=self.name):
+                self._group.start_soon(self._drain, timeout_s)
         return await self._end_of_drain()
 
     async def _drain(self, timeout_s: float) -> None:
@@ -345,7 +358,7 @@ class S3Queue(Generic[PayloadT]):
 
                 async def on_signal() -> None:
                     async for signum in signals:
-                        log.info("signal received, draining", signal=signal.Signals(signum).name)
+                        log.info("signal received, draining", signal=signal.Signals(signum).name, queue=self.name)
                         if self._draining:
                             self._cancel_running()
                         else:
@@ -714,6 +727,7 @@ class S3Queue(Generic[PayloadT]):
             self._session.start_worker(self._worker.concurrency, self._worker.start)
 
     async def _run_sessions(self, over: anyio.Event) -> None:
+        bind(queue=self.name)
         tries = 0
         try:
             while not self._stop_serving:
@@ -798,10 +812,50 @@ class S3Queue(Generic[PayloadT]):
         self._require_stack()
         return await self._inspector.history(whole_number("limit", limit, 1, LIST_LIMIT_MAX))
 
-    async def purge(self) -> int:
-        """Delete every message that waits, delayed ones included; those that are being handled stay. Returns how many."""
+    async def purge(self, *, on_progress: Callable[[int], None] | None = None) -> int:
+        """Delete every message that waits, delayed ones included; those that are being handled stay. Returns how many.
+
+        Args:
+            on_progress: Told now and then how many went so far.
+        """
         self._require_stack()
-        return await self._inspector.purge(layout.READY, layout.DELAYED)
+        return await self._inspector.purge(layout.READY, layout.DELAYED, on_progress=on_progress)
+
+    async def show(self, message_id: str) -> MessageInfo:
+        """Everything that is stored about a message; as cheap as ``status``.
+
+        Raises:
+            MessageNotFound: It is not in the queue, and not in the history.
+        """
+        self._require_stack()
+        return await self._browser.show(message_id)
+
+    async def browse(
+        self, *places: str, priority: int | None = None, limit: int | None = None
+    ) -> AsyncIterator[MessageInfo]:
+        """Messages as they are stored, in the order of their delivery, roughly; nothing is claimed.
+
+        Args:
+            places: ``ready``, ``delayed`` and ``dead``, in the order in which they are to come; none: the first two.
+            priority: Only messages of this priority, 0 to 255; None for all.
+            limit: So many at most; None for all, in bounded memory however many there are.
+        """
+        self._require_stack()
+        async for info in self._browser.up_to(limit, places, priority):
+            yield info
+
+    def follow(self) -> Follower:
+        """What comes into the queue from now on, however many processes put it there: ask it again and again."""
+        self._require_stack()
+        return Follower(self._shared, self._browser, self._inspector)
+
+    async def overview(self) -> Overview:
+        """Counts, backlog by priority, workers and coordinator in one look, for who looks again and again.
+
+        Takes four listings or more, and reads the heartbeats that changed since this object's last look.
+        """
+        self._require_stack()
+        return await self._watcher.look(await self.coordinator.show())
 
     def plugin_storage(self, namespace: str, *, ttl: float | timedelta | None = None) -> PluginStorage:
         """A storage of your own beside the queue's messages, under ``plugin/<namespace>/``; usable while it is open.
@@ -881,6 +935,11 @@ class S3Queue(Generic[PayloadT]):
     def requests(self) -> StorageMetrics:
         """The requests that this process made of the store, by operation."""
         return self._metered.snapshot()
+
+    @property
+    def name(self) -> str:
+        """What names the queue in logs: its url without parameters, or what its storage says."""
+        return self._name
 
     @property
     def is_coordinator(self) -> bool:

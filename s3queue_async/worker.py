@@ -21,7 +21,7 @@ from s3queue_async.engine.held import Held
 from s3queue_async.engine.session import Session
 from s3queue_async.errors import InvalidSettings
 from s3queue_async.events import LoopBlocked, MessageCompleted, MessageProcessing
-from s3queue_async.log import log
+from s3queue_async.log import ATTEMPT, MESSAGE, log
 from s3queue_async.message import Context, DeadLetter, Outcome, Release, Retry, Tracing
 from s3queue_async.protocol.segment import Codec, Failure, Record
 from s3queue_async.settings import whole_number
@@ -267,7 +267,13 @@ class Worker:
         if taken is None:
             return False
         held, index = taken
-        await self.run_one(session, Slot(task), held, index)
+        # This is the caller's task: what it logs afterwards is not about the message.
+        before = MESSAGE.set(""), ATTEMPT.set(0)
+        try:
+            await self.run_one(session, Slot(task), held, index)
+        finally:
+            MESSAGE.reset(before[0])
+            ATTEMPT.reset(before[1])
         await session.settler.flush(held)
         return True
 
@@ -308,6 +314,8 @@ class Worker:
             try:
                 coroutine = handler.start(payload, context, self._limiter)
                 # A call that never waits is over after this one step, without a task or a timer of its own.
+                MESSAGE.set(record.id)
+                ATTEMPT.set(attempt)
                 variables = copy_context()
                 yielded = variables.run(coroutine.send, None)
             except StopIteration as stop:

@@ -238,6 +238,11 @@ class Election:
             raise
         if written:
             return True
+        if self._is_own and self.board is not None and self.board.state == "resigned":
+            # Somebody has resigned for it: an operator asked for another coordinator.
+            self._hold_off()
+            self.demote("it was asked to step down")
+            return False
         if self._is_own:
             # An earlier publication of this term that was given up unanswered landed after all.
             return await self.publish(tickets, workers, poll_s=poll_s, busy=busy)
@@ -261,9 +266,12 @@ class Election:
 
     async def hand_over(self) -> None:
         """Resign in favour of any other worker, as the term has lasted long enough."""
+        self._hold_off()
+        await self._end_term("its term is over")
+
+    def _hold_off(self) -> None:
         elections = HOLD_OFF_ELECTIONS * self._shared.settings.election_interval
         self._hold_off_until = self._shared.clock.monotonic() + elections
-        await self._end_term("its term is over")
 
     async def leave(self) -> None:
         """Stand no more, and resign if this process leads, so that the next one takes over at once."""

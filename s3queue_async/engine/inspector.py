@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 
-from s3queue_async.engine.held import Departing, Held
+from s3queue_async.engine.reading import Reading, keys_of, require_some
 from s3queue_async.engine.registry import Counters, Registry
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.settler import HistoryRecord
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
 from s3queue_async.errors import CorruptObject, Unreadable
-from s3queue_async.log import log
 from s3queue_async.message import (
     CompletedMessage,
     DeadMessage,
@@ -23,12 +22,9 @@ from s3queue_async.message import (
     WorkerInfo,
     moment,
 )
-from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
-from s3queue_async.protocol import segment as segments
-from s3queue_async.protocol.claim import Claim
 from s3queue_async.protocol.layout import Place, SegmentKey
-from s3queue_async.protocol.segment import Record, Segment
+from s3queue_async.protocol.segment import Record
 from s3queue_async.storage.base import Entry, NotFound, Stored
 
 QUICK_PAGES = 10
@@ -70,6 +66,7 @@ class Inspector:
         self._decode = decode
         self._session = session
         self._registry = Registry(shared)
+        self._reading = Reading(shared)
 
     # -- counting ------------------------------------------------------------------------------------------------
 
@@ -81,7 +78,7 @@ class Inspector:
 
         async def list_into(prefix: str) -> None:
             nonlocal complete
-            listed[prefix], whole = await self._entries(prefix, pages)
+            listed[prefix], whole = await self._reading.entries(prefix, pages)
             complete = complete and whole
 
         prefixes = (layout.READY, layout.DELAYED, layout.DEAD, layout.CLAIMS)
@@ -95,7 +92,7 @@ class Inspector:
         pending = delayed = processing = 0
         oldest_ms: int | None = None
         now_ms = self._shared.time.now_ms()
-        for key in _keys([*listed[layout.READY], *listed[layout.DELAYED]]):
+        for key in keys_of([*listed[layout.READY], *listed[layout.DELAYED]]):
             mine = own.get(key.name)
             if mine is not None:
                 processing += len(mine.waiting) + mine.running + len(mine.departing)
@@ -106,7 +103,7 @@ class Inspector:
             else:
                 pending += key.count
                 oldest_ms = key.created_ms if oldest_ms is None else min(oldest_ms, key.created_ms)
-        dead = sum(key.count for key in _keys(listed[layout.DEAD]))
+        dead = sum(key.count for key in keys_of(listed[layout.DEAD]))
         counters = await self._counters(list(workers), None if exact else QUICK_WORKERS)
         return QueueStats(
             pending=pending,
@@ -126,7 +123,7 @@ class Inspector:
         """Messages that wait, delayed ones included; counting ends once ``stop_at`` is reached."""
         count = 0
         for prefix in (layout.READY, layout.DELAYED):
-            async for key in self._each_key(prefix):
+            async for key in self._reading.each_key(prefix):
                 count += key.count
                 if count >= stop_at:
                     return count
@@ -135,14 +132,14 @@ class Inspector:
     async def by_priority(self) -> Backlog:
         """What waits and what is held, by the names of up to 10,000 segments of a kind, and as many claims."""
         # Claims first: a segment that is claimed meanwhile still waits by this count, and one that is settled is gone.
-        listed, _ = await self._entries(layout.CLAIMS, QUICK_PAGES)
+        listed, _ = await self._reading.entries(layout.CLAIMS, QUICK_PAGES)
         claimed = {layout.claim_name(entry.key) for entry in listed}
         now_ms = self._shared.time.now_ms()
         waiting: dict[int, int] = {}
         delayed = held = 0
         for prefix in (layout.READY, layout.DELAYED):
-            entries, _ = await self._entries(prefix, QUICK_PAGES)
-            for key in _keys(entries):
+            entries, _ = await self._reading.entries(prefix, QUICK_PAGES)
+            for key in keys_of(entries):
                 if key.name in claimed:
                     held += key.count
                 elif key.due_ms > now_ms:
@@ -157,20 +154,8 @@ class Inspector:
 
         async def look(worker_id: str) -> None:
             peer = await self._registry.read(worker_id)
-            if peer is None:
-                return
-            beat = peer.heartbeat
-            infos.append(
-                WorkerInfo(
-                    id=worker_id,
-                    capacity=beat.capacity,
-                    in_flight=beat.in_flight,
-                    segments=len(beat.held),
-                    completed=beat.counters.completed,
-                    heartbeat_age=max(0.0, self._shared.time.now_ms() / 1000 - peer.modified_s),
-                    alive=beat.state == "alive" and self._registry.lease_left_s(peer) > 0,
-                )
-            )
+            if peer is not None:
+                infos.append(self._registry.described(peer))
 
         await together(list(await self._registry.list()), look, at_once=AT_ONCE)
         return sorted(infos, key=lambda info: info.id)
@@ -179,7 +164,7 @@ class Inspector:
         free: set[str] = set()
 
         async def look(name: str) -> None:
-            claim = await self._claim(layout.CLAIMS + name)
+            claim = await self._reading.claim(layout.CLAIMS + name)
             if claim is None or claim.free:
                 free.add(name)
 
@@ -212,16 +197,9 @@ class Inspector:
             ulid, priority, index = layout.parse_message_id(message_id)
         except ValueError:
             return MessageStatus.UNKNOWN
-        page = await self._shared.storage.list(f"{layout.ready_prefix(priority)}{ulid}-", limit=1)
-        if page.entries:
-            first = SegmentKey.parse(page.entries[0].key)
-            state = await self._state_in(first, index)
-            if state is not None:
-                return state
         unread: list[Unreadable] = []
-        found = await self._find(message_id, ulid, unread)
-        if found is not None:
-            state = await self._state_in(*found)
+        async for place in self.places(message_id, ulid, priority, index, unread):
+            state = await self.state_in(*place)
             if state is not None:
                 return state
         if await self._completed(message_id, ulid, unread) is not None:
@@ -229,7 +207,7 @@ class Inspector:
         # The claim of an ended segment lingers for a while.
         page = await self._shared.storage.list(f"{layout.CLAIMS}{ulid}-", limit=1)
         if page.entries:
-            claim = await self._claim(page.entries[0].key)
+            claim = await self._reading.claim(page.entries[0].key)
             if claim is not None and not any(index in move.indices for move in claim.moves):
                 return MessageStatus.COMPLETED
         if unread:
@@ -237,14 +215,28 @@ class Inspector:
             raise unread[0]
         return MessageStatus.UNKNOWN
 
-    async def _state_in(self, key: SegmentKey, index: int) -> MessageStatus | None:
+    async def places(
+        self, message_id: str, ulid: str, priority: int, index: int, unread: list[Unreadable]
+    ) -> AsyncIterator[tuple[SegmentKey, int]]:
+        """The segments in which a message may be: the one it was enqueued in, then, by a scan, where it has moved to.
+
+        Those that cannot be read here go into ``unread``.
+        """
+        page = await self._shared.storage.list(f"{layout.ready_prefix(priority)}{ulid}-", limit=1)
+        if page.entries:
+            yield SegmentKey.parse(page.entries[0].key), index
+        found = await self._find(message_id, ulid, unread)
+        if found is not None:
+            yield found
+
+    async def state_in(self, key: SegmentKey, index: int) -> MessageStatus | None:
         """The state of a message of this segment; None when it is not there any more."""
         if key.place is Place.DEAD:
             return MessageStatus.DEAD
         record = await self._record(key, index)
         if record is None:
             return None
-        claim = await self._claim(key.claim)
+        claim = await self._reading.claim(key.claim)
         if claim is not None:
             if index in claim.finished:
                 return MessageStatus.COMPLETED
@@ -261,7 +253,7 @@ class Inspector:
         return MessageStatus.DELAYED if key.due_ms > self._shared.time.now_ms() else MessageStatus.PENDING
 
     async def _record(self, key: SegmentKey, index: int) -> Record | None:
-        table = await self._index(key)
+        table = await self._reading.index(key)
         return None if table is None or index >= len(table.records) else table.records[index]
 
     async def _find(self, message_id: str, ulid: str, unread: list[Unreadable]) -> tuple[SegmentKey, int] | None:
@@ -271,7 +263,7 @@ class Inspector:
         earliest_ms = layout.ulid_time_ms(ulid) - self._shared.settings.lease_margin * 1000
         for prefix in (layout.DELAYED, layout.DEAD, layout.READY):
             candidates: list[SegmentKey] = []
-            async for key in self._each_key(prefix):
+            async for key in self._reading.each_key(prefix):
                 if key.ulid == ulid:
                     return key, layout.parse_message_id(message_id)[2]
                 if key.created_ms >= earliest_ms and len(candidates) < SCANNED_SEGMENTS_MAX:
@@ -279,7 +271,7 @@ class Inspector:
 
             async def look(key: SegmentKey) -> None:
                 try:
-                    table = None if found else await self._index(key)
+                    table = None if found else await self._reading.index(key)
                 except Unreadable as error:
                     unread.append(error)
                     return
@@ -303,15 +295,15 @@ class Inspector:
         """
         found: list[DeadMessage] = []
         unread: list[Unreadable] = []
-        async for key in self._each_key(layout.DEAD):
+        async for key in self._reading.each_key(layout.DEAD):
             if len(found) >= limit:
                 break
             try:
-                segment = await self._segment(key)
+                segment = await self._reading.segment(key)
             except Unreadable as error:
                 unread.append(error)
                 continue
-            claim = None if segment is None else await self._claim(key.claim)
+            claim = None if segment is None else await self._reading.claim(key.claim)
             ended = set() if claim is None else claim.ended()
             if segment is not None:
                 found += [
@@ -319,7 +311,7 @@ class Inspector:
                     for i, (record, payload) in enumerate(zip(segment.index.records, segment.payloads, strict=True))
                     if i not in ended
                 ]
-        _require_some(found, unread)
+        require_some(found, unread)
         return found[:limit]
 
     def _dead_message(self, record: Record, body: bytes, priority: int) -> DeadMessage:
@@ -342,27 +334,29 @@ class Inspector:
 
     async def dead_keys(self) -> AsyncIterator[SegmentKey]:
         """The keys of all segments of dead letters."""
-        async for key in self._each_key(layout.DEAD):
+        async for key in self._reading.each_key(layout.DEAD):
             yield key
 
     # -- history -------------------------------------------------------------------------------------------------
 
     async def history(self, limit: int) -> list[CompletedMessage]:
         """Up to ``limit`` completed messages, newest first; raises as ``dead_letters``."""
-        keys = [entry.key async for entry in self._each(layout.HISTORY)]
+        keys = [entry.key async for entry in self._reading.each(layout.HISTORY)]
         found: list[CompletedMessage] = []
         unread: list[Unreadable] = []
         for key in reversed(keys):
             if len(found) >= limit:
                 break
             try:
-                records = await self._history(key)
+                found += reversed(await self.completed_in(key))
             except Unreadable as error:
                 unread.append(error)
-                continue
-            found += [_completed(record) for record in reversed(records)]
-        _require_some(found, unread)
+        require_some(found, unread)
         return found[:limit]
+
+    async def completed_in(self, key: str) -> list[CompletedMessage]:
+        """The completed messages in one object of the history, in the order of their completion."""
+        return [_completed(record) for record in await self._history(key)]
 
     async def result(self, message_id: str) -> CompletedMessage | None:
         """A completed message's record, if the history has it; raises Unreadable when it may be where it cannot be read."""
@@ -378,7 +372,7 @@ class Inspector:
 
     async def _completed(self, message_id: str, ulid: str, unread: list[Unreadable]) -> HistoryRecord | None:
         after = layout.history_key(layout.ulid_time_ms(ulid) - 1000, "")
-        async for entry in self._each(layout.HISTORY, after=after):
+        async for entry in self._reading.each(layout.HISTORY, after=after):
             try:
                 records = await self._history(entry.key)
             except Unreadable as error:
@@ -403,155 +397,34 @@ class Inspector:
 
     # -- purging -------------------------------------------------------------------------------------------------
 
-    async def purge(self, *prefixes: str) -> int:
-        """Delete every segment under these prefixes that nobody holds; returns how many messages went."""
+    async def purge(self, *prefixes: str, on_progress: Callable[[int], None] | None = None) -> int:
+        """Delete every segment under these prefixes that nobody holds; returns how many messages went.
+
+        Args:
+            on_progress: Told after each batch how many went so far.
+        """
         count = 0
         for prefix in prefixes:
             batch: list[SegmentKey] = []
-            async for key in self._each_key(prefix):
+            async for key in self._reading.each_key(prefix):
                 batch.append(key)
                 if len(batch) == DELETE_BATCH:
                     count += await self._purge_batch(batch)
                     batch = []
+                    if on_progress is not None:
+                        on_progress(count)
             if batch:
                 count += await self._purge_batch(batch)
+                if on_progress is not None:
+                    on_progress(count)
         return count
 
     async def _purge_batch(self, batch: Sequence[SegmentKey]) -> int:
-        claimed = {layout.claim_name(entry.key) async for entry in self._each(layout.CLAIMS)}
+        claimed = {layout.claim_name(entry.key) async for entry in self._reading.each(layout.CLAIMS)}
         free = [key for key in batch if key.name not in claimed]
         if free:
             await self._shared.storage.delete_many([key.text for key in free])
         return sum(key.count for key in free)
-
-    # -- reading -------------------------------------------------------------------------------------------------
-
-    async def _entries(self, prefix: str, pages: int | None) -> tuple[list[Entry], bool]:
-        entries: list[Entry] = []
-        after = ""
-        turned = 0
-        while True:
-            page = await self._shared.storage.list(prefix, after=after)
-            entries += page.entries
-            turned += 1
-            if not page.more:
-                return entries, True
-            if pages is not None and turned >= pages:
-                return entries, False
-            after = page.entries[-1].key
-
-    async def _each(self, prefix: str, *, after: str = "") -> AsyncIterator[Entry]:
-        while True:
-            page = await self._shared.storage.list(prefix, after=after)
-            for entry in page.entries:
-                yield entry
-            if not page.more:
-                return
-            after = page.entries[-1].key
-
-    async def _each_key(self, prefix: str) -> AsyncIterator[SegmentKey]:
-        async for entry in self._each(prefix):
-            for key in _keys([entry]):
-                yield key
-
-    async def _claim(self, key: str) -> Claim | None:
-        try:
-            stored = await self._shared.storage.get(key)
-        except NotFound:
-            return None
-        assert isinstance(stored, Stored)
-        try:
-            return claims.decode(key, stored.body)
-        except CorruptObject:
-            # Nobody can tell whose it is; the claim loop reports it, and replaces it when its time is over.
-            return Claim(nonce="", segment="", owner="unknown", token=0, claimed_ms=0)
-
-    async def _index(self, key: SegmentKey) -> segments.Index | None:
-        """A segment's index; None when it is gone or damaged. Raises Unreadable when others may be able to read it."""
-        try:
-            stored = await self._shared.storage.get(key.text, span=(0, segments.INDEX_GUESS_BYTES))
-            assert isinstance(stored, Stored)
-            end = self._shared.packer.index_end(key.text, stored.body)
-            if end > len(stored.body):
-                stored = await self._shared.storage.get(key.text, span=(0, end))
-                assert isinstance(stored, Stored)
-            return self._shared.packer.unpack_index(key.text, stored.body)
-        except NotFound:
-            return None
-        except CorruptObject as error:
-            return self._unreadable(error)
-
-    async def _segment(self, key: SegmentKey) -> Segment | None:
-        """A segment; None when it is gone or damaged. Raises Unreadable when others may be able to read it."""
-        try:
-            stored = await self._shared.storage.get(key.text)
-        except NotFound:
-            return None
-        assert isinstance(stored, Stored)
-        try:
-            return await self._shared.packer.unpack(key.text, stored.body)
-        except CorruptObject as error:
-            return self._unreadable(error)
-
-    @staticmethod
-    def _unreadable(error: CorruptObject) -> None:
-        # Whoever claims it sets it aside; who only looks goes on with the others.
-        log.error("an object of the queue cannot be used", key=error.key, reason=error.reason)
-
-
-async def move_dead(session: Session, key: SegmentKey, wanted: frozenset[str] | None, *, redrive: bool) -> int:
-    """Redrive or drop dead letters of one segment; the others of it move into a segment of their own.
-
-    Args:
-        session: Under whose lease it happens.
-        key: The segment.
-        wanted: Ids, or None for all.
-        redrive: Make them ready again; otherwise they are dropped.
-
-    Returns:
-        How many messages that were; 0 when somebody else is at it.
-    """
-    held = await session.claim_one(key)
-    if held is None:
-        return 0
-    chosen = [i for i in held.waiting if wanted is None or held.index.records[i].id in wanted]
-    if not chosen:
-        session.settler.submit_give_back(held)
-        return 0
-    _decide(held, set(chosen), redrive=redrive)
-    await session.settler.flush(held)
-    return len(chosen)
-
-
-def _decide(held: Held, chosen: set[int], *, redrive: bool) -> None:
-    while held.waiting:
-        index = held.waiting.popleft()
-        if index not in chosen:
-            held.departing.append(Departing(index, held.attempts(index), None, Place.DEAD))
-        elif redrive:
-            held.departing.append(Departing(index, 0, None, Place.READY))
-        else:
-            held.finished.append(index)
-
-
-def _require_some(found: Sequence[object], unread: Sequence[Unreadable]) -> None:
-    """Say what had to be left out; raise that when nothing else was found."""
-    if not unread:
-        return
-    if not found:
-        raise unread[0]
-    log.error("some cannot be read here, and are left out", count=len(unread), first=str(unread[0]))
-
-
-def _keys(entries: Iterable[Entry]) -> list[SegmentKey]:
-    keys: list[SegmentKey] = []
-    for entry in entries:
-        try:
-            keys.append(SegmentKey.parse(entry.key))
-        except ValueError:
-            # A foreign object under our prefix; the claim loop reports it.
-            continue
-    return keys
 
 
 def _completed(record: HistoryRecord) -> CompletedMessage:

@@ -18,6 +18,7 @@ from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
 from s3queue_async.errors import LeaseLost, StoreUnavailable, Throttled
 from s3queue_async.log import log
+from s3queue_async.message import WorkerInfo, moment
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Conflict,
@@ -43,13 +44,20 @@ NOT_RENEWED = "not renewed in time"
 FENCED = "fenced by another worker"
 
 
-class Counters(msgspec.Struct, frozen=True):
-    """What a worker did since its start, in messages."""
+class Counters(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker did since its start, in messages.
+
+    Attributes:
+        handler_s: Seconds that the handlers of completed messages ran, together.
+        latency_s: Seconds from the enqueues of completed messages to their ends, together.
+    """
 
     completed: int = 0
     retried: int = 0
     failed: int = 0
     dead: int = 0
+    handler_s: float = 0.0
+    latency_s: float = 0.0
 
     def plus(self, other: Counters) -> Counters:
         return Counters(
@@ -64,7 +72,7 @@ class Sums(msgspec.Struct, frozen=True):
     counters: Counters
 
 
-class Heartbeat(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker's heartbeat.
 
     Attributes:
@@ -76,6 +84,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
         in_flight: Messages that it handles now.
         held: Names of every segment that it holds or tries to claim.
         counters: What it did.
+        requests: Requests that its process made of the store, by operation.
+        throttled: How many of them the store refused for being too many.
     """
 
     nonce: str
@@ -86,6 +96,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     in_flight: int = 0
     held: list[str] = []
     counters: Counters = Counters()
+    requests: dict[str, int] = {}
+    throttled: int = 0
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -104,6 +116,8 @@ class Vitals(msgspec.Struct, frozen=True):
     in_flight: int
     held: list[str]
     counters: Counters
+    requests: dict[str, int] = {}
+    throttled: int = 0
 
 
 _encoder = msgspec.json.Encoder()
@@ -197,6 +211,27 @@ class Registry:
             peer.modified_s + self._shared.time.resolution_s + peer.heartbeat.ttl_s + self._shared.settings.lease_margin
         )
         return ends_s - self._shared.time.certain()
+
+    def described(self, peer: Peer) -> WorkerInfo:
+        """A worker as its last heartbeat describes it."""
+        beat = peer.heartbeat
+        return WorkerInfo(
+            id=peer.worker_id,
+            capacity=beat.capacity,
+            in_flight=beat.in_flight,
+            segments=len(beat.held),
+            completed=beat.counters.completed,
+            heartbeat_age=max(0.0, self._shared.time.now_ms() / 1000 - peer.modified_s),
+            alive=beat.state == "alive" and self.lease_left_s(peer) > 0,
+            retried=beat.counters.retried,
+            failed=beat.counters.failed,
+            dead=beat.counters.dead,
+            handler_seconds=beat.counters.handler_s,
+            latency_seconds=beat.counters.latency_s,
+            requests=beat.requests,
+            throttled=beat.throttled,
+            reported_at=moment(beat.composed_ms) if beat.composed_ms else None,
+        )
 
     def is_abandoned(self, peer: Peer, name: str, claim_modified_s: float) -> bool:
         """Whether a living worker's claim is held by nobody: it landed before a beat that does not name it."""
@@ -424,6 +459,8 @@ class Lease:
                     vitals.in_flight,
                     vitals.held,
                     vitals.counters,
+                    vitals.requests,
+                    vitals.throttled,
                 )
             )
             patience_s = min(FENCE_WITHIN_S, settings.visibility_timeout / 2)

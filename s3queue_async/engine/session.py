@@ -33,7 +33,7 @@ from s3queue_async.events import (
     WorkerStarted,
     WorkerStopped,
 )
-from s3queue_async.log import log
+from s3queue_async.log import bind, log
 from s3queue_async.protocol.backoff import retry_delay_s
 from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.layout import Place, SegmentKey
@@ -57,10 +57,11 @@ FAREWELL_S = 5.0
 class Tally:
     """Counts as it goes."""
 
-    __slots__ = ("completed", "dead", "failed", "retried")
+    __slots__ = ("completed", "dead", "failed", "handler_s", "latency_s", "retried")
 
     def __init__(self) -> None:
         self.completed = self.retried = self.failed = self.dead = 0
+        self.handler_s = self.latency_s = 0.0
 
 
 class Session:
@@ -129,6 +130,8 @@ class Session:
         )
         self.held: dict[str, Held] = {}
         self._tally = Tally()
+        # Store time a moment ago; asking for it anew with each message would cost more than a figure is worth.
+        self._now_ms = 0
         self.wanted_by_receivers = 0
         self.on_tick: list[Callable[[float], None]] = []
         self._ended: dict[str, float] = {}
@@ -154,6 +157,7 @@ class Session:
         Raises:
             StoreUnavailable, Throttled: The worker could not register.
         """
+        bind(worker=self.worker_id)
         try:
             await self.lease.register()
         except BaseException:
@@ -251,7 +255,14 @@ class Session:
     def counters(self) -> Counters:
         """What this session's worker did so far."""
         tally = self._tally
-        return Counters(tally.completed, tally.retried, tally.failed, tally.dead)
+        return Counters(
+            tally.completed,
+            tally.retried,
+            tally.failed,
+            tally.dead,
+            round(tally.handler_s, 3),
+            round(tally.latency_s, 3),
+        )
 
     @property
     def coordination(self) -> Coordination:
@@ -350,7 +361,12 @@ class Session:
         held.finished.append(index)
         if self.settler.keep_done:
             held.done.append(Done(index, attempt, duration_s, result))
-        self._tally.completed += counts
+        if counts:
+            tally = self._tally
+            tally.completed += 1
+            tally.handler_s += duration_s
+            latency_s = (self._now_ms - held.index.records[index].enqueued_ms) / 1000
+            tally.latency_s += latency_s if latency_s > duration_s else duration_s
         self._after(held)
 
     def retry(
@@ -383,7 +399,7 @@ class Session:
         """The message becomes a dead letter."""
         record = held.index.records[index]
         self._tally.dead += 1
-        log.info("dead letter", message=record.id, attempts=attempts, error=failure.reason, worker=self.worker_id)
+        log.info("dead letter", message=record.id, attempt=attempts, error=failure.reason, worker=self.worker_id)
         self.shared.bus.emit(
             MessageDead(message_id=record.id, worker_id=self.worker_id, attempts=attempts, error=failure.reason)
         )
@@ -410,6 +426,7 @@ class Session:
     # -- what is held --------------------------------------------------------------------------------------------
 
     def _deliver(self, held: Held) -> None:
+        self._now_ms = self.shared.time.now_ms()
         self._hold(held)
         if self.shared.bus.wants(MessageClaimed.name):
             for index in held.waiting:
@@ -452,7 +469,8 @@ class Session:
 
     def _vitals(self) -> Vitals:
         names = {*self.held, *self.claimer.claiming, *self.settler.revivable()}
-        return Vitals(self._capacity_now(), self.feed.running, sorted(names), self.counters)
+        requests, throttled = self.shared.requests()
+        return Vitals(self._capacity_now(), self.feed.running, sorted(names), self.counters, requests, throttled)
 
     async def finish_orphan(self, key: SegmentKey) -> None:
         """Take over a dead letter's claim that nobody holds, and settle what its holder left undone."""
@@ -488,6 +506,7 @@ class Session:
             while not self.held:
                 await self._delivered.wait()
             now = clock.monotonic()
+            self._now_ms = self.shared.time.now_ms()
             for held in list(self.held.values()):
                 if held.lost is None:
                     self._split(held, now)

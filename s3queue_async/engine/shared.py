@@ -155,6 +155,7 @@ class Shared:
         bus: Where events go.
         conditional_delete: Whether the store keeps If-Match on DELETE.
         packer: Compresses and encrypts what is written.
+        requests: The requests that this process made of the store so far, by operation, and how many were throttled.
         workers, dedup, totals: Views of the store for heartbeats, deduplication markers and summed counters.
     """
 
@@ -166,6 +167,7 @@ class Shared:
     bus: EventBus
     conditional_delete: bool = True
     packer: Packer = field(default_factory=Packer)
+    requests: Callable[[], tuple[dict[str, int], int]] = lambda: ({}, 0)
     workers: PluginStorage = field(init=False)
     dedup: PluginStorage = field(init=False)
     totals: PluginStorage = field(init=False)

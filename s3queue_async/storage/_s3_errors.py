@@ -93,30 +93,40 @@ def _unavailable(failure: Failure) -> StoreUnavailable:
         return StoreUnavailable(
             f"The bucket {bucket!r} does not exist.",
             retriable=False,
+            code=code,
+            date_s=failure.date_s,
             suggestion="Create the bucket, or correct its name, the region or the endpoint_url in the url.",
         )
     if code in _CREDENTIALS:
         return StoreUnavailable(
             f"The store refused the credentials: {_said(failure)}.",
             retriable=False,
+            code=code,
+            date_s=failure.date_s,
             suggestion="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile or role) to valid credentials.",
         )
     if code == "RequestTimeTooSkewed":
         return StoreUnavailable(
             f"The store refused the request's time: {_said(failure)}.",
             retriable=False,
+            code=code,
+            date_s=failure.date_s,
             suggestion="Set this machine's clock right.",
         )
     if code in _REGION:
         return StoreUnavailable(
             f"The bucket {bucket!r} is in another region: {_said(failure)}.",
             retriable=False,
+            code=code,
+            date_s=failure.date_s,
             suggestion="Add ?region=... to the url.",
         )
     if code in ("AccessDenied", "403") or failure.status == 403:
         return StoreUnavailable(
             f"Access denied to {failure.operation} on bucket {bucket!r}: {_said(failure)}.",
             retriable=False,
+            code=code,
+            date_s=failure.date_s,
             suggestion=f"Allow these credentials {_PERMISSIONS.get(failure.operation, failure.operation)}.",
         )
     # Under status 200 the code is all there is, and only what is known not to pass is listed above.
@@ -124,6 +134,8 @@ def _unavailable(failure: Failure) -> StoreUnavailable:
     return StoreUnavailable(
         f"The store answered {_said(failure)}.",
         retriable=passing,
+        code=code,
+        date_s=failure.date_s,
         suggestion="Try again." if passing else "Correct what the store complains about.",
     )
 

@@ -141,6 +141,11 @@ class MeteredStorage:
         """What was counted so far."""
         return StorageMetrics(**{operation: counts.frozen() for operation, counts in self._counts.items()})
 
+    def totals(self) -> tuple[dict[str, int], int]:
+        """The requests so far by operation, those that were made at all, and how many of all were throttled."""
+        made = {operation: counts.attempts for operation, counts in self._counts.items() if counts.attempts}
+        return made, sum(counts.errors["Throttled"] for counts in self._counts.values())
+
     async def open(self) -> None:
         """Open the storage below."""
         await self._storage.open()

@@ -31,6 +31,7 @@ from botocore.utils import parse_timestamp
 
 from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
 from s3queue_async.storage._http import SingleTrySession
+from s3queue_async.storage._s3_bucket import examine_bucket
 from s3queue_async.storage._s3_errors import Failure, classify
 from s3queue_async.storage._s3_replies import date_s, retry_after_s
 from s3queue_async.storage.base import (
@@ -45,6 +46,7 @@ from s3queue_async.storage.base import (
     Unmodified,
     Written,
 )
+from s3queue_async.storage.examine import BucketReport
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
@@ -141,6 +143,17 @@ class S3Storage:
         """Make the client and look once whether the bucket can be listed; see Storage.open."""
         if self._client is not None:
             return
+        await self.connect()
+        try:
+            await self.list("", limit=1)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def connect(self) -> None:
+        """Make the client, and ask the store nothing; for who wants to find out what is wrong with it."""
+        if self._client is not None:
+            return
         # The stubs know classes only.
         new_http: Any = self._new_http
         config = AioConfig(
@@ -169,11 +182,6 @@ class S3Storage:
             except (BotoCoreError, ValueError) as error:
                 raise self._translate(error, "Connect", "") from error
             self._client = client
-            try:
-                await self.list("", limit=1)
-            except BaseException:
-                self._client = None
-                raise
             self._exit_stack = stack.pop_all()
 
     async def _connected(self, session: AioSession, client: S3Client) -> None:
@@ -335,6 +343,12 @@ class S3Storage:
         if errors:
             raise errors[0]
         return Deleted(max(dates) or None)
+
+    async def examine(self) -> BucketReport:
+        """What the bucket is set up for; see Examinable."""
+        return await examine_bucket(
+            self._opened(), self.bucket, self._root, lambda error, operation: self._translate(error, operation, "")
+        )
 
     def _opened(self) -> S3Client:
         if self._client is None:
