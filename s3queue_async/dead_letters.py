@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -61,7 +62,9 @@ class DeadLetters:
         async for info in self._browser.browse([Place.DEAD]):
             yield _dead(info)
 
-    async def summary(self, *, where: Where | None = None, on_progress: Progress | None = None) -> list[ErrorCount]:
+    async def summary(
+        self, *, where: Where | None = None, on_progress: Progress | None = None
+    ) -> builtins.list[ErrorCount]:
         """How many dead letters died of what, the most frequent first.
 
         Errors count as one when they differ in numbers, ids and quoted text only. Beyond 1,000 kinds the rest is one.

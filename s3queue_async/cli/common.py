@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import click
@@ -25,11 +25,18 @@ from s3queue_async.storage.memory import MemoryStorage
 from s3queue_async.storage.open import storage_from_url
 from s3queue_async.storage.sqlite import SqliteStorage
 
+if TYPE_CHECKING:
+    _SecondsType = click.ParamType[float]
+    _MomentType = click.ParamType[datetime]
+else:
+    # Older versions cannot be asked for the type of what they convert to.
+    _SecondsType = _MomentType = click.ParamType
+
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)?")
 
 
-class Seconds(click.ParamType):
+class Seconds(_SecondsType):
     """A duration: seconds, or a number with a unit."""
 
     name = "duration"
@@ -43,7 +50,7 @@ class Seconds(click.ParamType):
         return float(found[1]) * _UNITS[found[2] or "s"]
 
 
-class Moment(click.ParamType):
+class Moment(_MomentType):
     """A point in time: ISO 8601, or a duration that counts from now."""
 
     name = "time"
@@ -147,11 +154,13 @@ def command(name: str, **attributes: Any) -> Callable[[Body], click.Command]:
             except BrokenPipeError as error:
                 raise Unread from error
 
-        decorated = click.option("--json", is_flag=True, help="Print JSON, one document a line.")(run)
+        decorated: Any = click.option("--json", is_flag=True, help="Print JSON, one document a line.")(run)
         decorated = click.option(
             "--url", metavar="URL", help=f"The queue: s3://bucket/prefix or sqlite:///file.db.  [env: {URL_VARIABLE}]"
         )(decorated)
-        return click.command(name, **attributes)(decorated)
+        finish: Any = click.command(name, **attributes)
+        made: click.Command = finish(decorated)
+        return made
 
     return make
 

@@ -13,7 +13,8 @@ from s3queue_async.cli import main
 
 shift_s = float(sys.argv.pop(1))
 right_time: Any = time.time
-right_datetime: Any = botocore.auth.get_current_datetime
+auth: Any = botocore.auth
+right_datetime = auth.get_current_datetime
 time.time = lambda: right_time() + shift_s
-botocore.auth.get_current_datetime = lambda *args, **named: right_datetime(*args, **named) + timedelta(seconds=shift_s)
+auth.get_current_datetime = lambda *args, **named: right_datetime(*args, **named) + timedelta(seconds=shift_s)
 main()
