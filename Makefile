@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async pytest_s3queue.py tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench bench-peers cluster sim ablations storm lock clean
+.PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench bench-peers newcomer cluster sim ablations storm lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: setup bench-peers ## Everything beside the bare loop and other queues: do
 	$(BIN)/python -m benchmarks.memory
 
 bench-peers: $(PEERS)/.installed ## Install what `make bench` compares with, into .venv-peers
+
+newcomer: setup ## A newcomer's path, timed: clone, make demo, and every command of the README
+	$(BIN)/python -m tests.newcomer
 
 cluster: setup $(VENV)/.installed-bench ## Clusters of 1 to 1,000 workers on a modelled S3: docs/scaling.md (an hour or so)
 	$(BIN)/python -m benchmarks.cluster --plot docs/scaling.png
