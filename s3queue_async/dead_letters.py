@@ -24,6 +24,7 @@ OTHERS = "(others)"
 
 Where = Callable[[DeadMessage], bool]
 Progress = Callable[[int], None]
+ErrorCounts = list[ErrorCount]
 
 _VARYING = (
     (re.compile(r"'[^']*'|\"[^\"]*\""), "'…'"),
@@ -61,7 +62,7 @@ class DeadLetters:
         async for info in self._browser.browse([Place.DEAD]):
             yield _dead(info)
 
-    async def summary(self, *, where: Where | None = None, on_progress: Progress | None = None) -> list[ErrorCount]:
+    async def summary(self, *, where: Where | None = None, on_progress: Progress | None = None) -> ErrorCounts:
         """How many dead letters died of what, the most frequent first.
 
         Errors count as one when they differ in numbers, ids and quoted text only. Beyond 1,000 kinds the rest is one.

@@ -180,9 +180,15 @@ class S3Queue(Generic[PayloadT]):
             monotonic=self._clock.monotonic,
         )
         self._shared = Shared(
-            self._storage, self._timed.time, self._clock, self._random, self.settings, self._bus, packer=packer
+            self._storage,
+            self._timed.time,
+            self._clock,
+            self._random,
+            self.settings,
+            self._bus,
+            packer=packer,
+            requests=self._metered.totals,
         )
-        self._shared.requests = self._metered.totals
         self._intake = Intake(payload_type, self._decode, self._timed.time, self.settings.message_bytes_max)
         self._producer = Producer(self._shared, hand_over=self)
         self._scheduler = Scheduler(

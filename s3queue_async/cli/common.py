@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import click
@@ -29,7 +29,15 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)?")
 
 
-class Seconds(click.ParamType):
+if TYPE_CHECKING:
+    SecondsType = click.ParamType[float]
+    MomentType = click.ParamType[datetime]
+else:
+    # Generic in the newest click only.
+    SecondsType = MomentType = click.ParamType
+
+
+class Seconds(SecondsType):
     """A duration: seconds, or a number with a unit."""
 
     name = "duration"
@@ -43,7 +51,7 @@ class Seconds(click.ParamType):
         return float(found[1]) * _UNITS[found[2] or "s"]
 
 
-class Moment(click.ParamType):
+class Moment(MomentType):
     """A point in time: ISO 8601, or a duration that counts from now."""
 
     name = "time"
@@ -147,11 +155,14 @@ def command(name: str, **attributes: Any) -> Callable[[Body], click.Command]:
             except BrokenPipeError as error:
                 raise Unread from error
 
-        decorated = click.option("--json", is_flag=True, help="Print JSON, one document a line.")(run)
+        decorated: Callable[..., int] = click.option("--json", is_flag=True, help="Print JSON, one document a line.")(
+            run
+        )
         decorated = click.option(
             "--url", metavar="URL", help=f"The queue: s3://bucket/prefix or sqlite:///file.db.  [env: {URL_VARIABLE}]"
         )(decorated)
-        return click.command(name, **attributes)(decorated)
+        made: click.Command = click.command(name, **attributes)(decorated)
+        return made
 
     return make
 

@@ -238,7 +238,7 @@ class Election:
             raise
         if written:
             return True
-        if self._is_own and self.board is not None and self.board.state == "resigned":
+        if self._is_own and self.board.state == "resigned":
             # Somebody has resigned for it: an operator asked for another coordinator.
             self._hold_off()
             self.demote("it was asked to step down")

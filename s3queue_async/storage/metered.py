@@ -143,7 +143,7 @@ class MeteredStorage:
 
     def totals(self) -> tuple[dict[str, int], int]:
         """The requests so far by operation, those that were made at all, and how many of all were throttled."""
-        made = {operation: counts.attempts for operation, counts in self._counts.items() if counts.attempts}
+        made: dict[str, int] = {name: counts.attempts for name, counts in self._counts.items() if counts.attempts}
         return made, sum(counts.errors["Throttled"] for counts in self._counts.values())
 
     async def open(self) -> None:

@@ -12,8 +12,9 @@ import botocore.auth
 from s3queue_async.cli import main
 
 shift_s = float(sys.argv.pop(1))
+signing: Any = botocore.auth
 right_time: Any = time.time
-right_datetime: Any = botocore.auth.get_current_datetime
+right_datetime: Any = signing.get_current_datetime
 time.time = lambda: right_time() + shift_s
-botocore.auth.get_current_datetime = lambda *args, **named: right_datetime(*args, **named) + timedelta(seconds=shift_s)
+signing.get_current_datetime = lambda *args, **named: right_datetime(*args, **named) + timedelta(seconds=shift_s)
 main()

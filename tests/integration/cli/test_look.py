@@ -88,10 +88,12 @@ def test_tail_counts_what_it_does_not_show(local: Shell) -> None:
     """Of a burst, so many are shown and the others counted."""
     local.does("enqueue", "x")
     with local.running("tail", "--interval", "300ms", "--burst", "10") as tail:
-        tail.until(
-            "a burst was seen",
-            lambda: local.does("enqueue", "-f", "-", "--format", "text", stdin="line\n" * 500) and "more" in tail.out,
-        )
+
+        def seen() -> bool:
+            local.does("enqueue", "-f", "-", "--format", "text", stdin="line\n" * 500)
+            return "more" in tail.out
+
+        tail.until("a burst was seen", seen)
         assert tail.ends(signal.SIGINT) == 130
 
 
