@@ -25,7 +25,6 @@ OTHERS = "(others)"
 
 Where = Callable[[DeadMessage], bool]
 Progress = Callable[[int], None]
-ErrorCounts = list[ErrorCount]
 
 _VARYING = (
     (re.compile(r"'[^']*'|\"[^\"]*\""), "'…'"),

@@ -84,7 +84,7 @@ def main() -> int:
         repository = ROOT if chosen.only else directory / "s3queue_async"
         binaries = Path(sys.executable).parent if chosen.only else repository / ".venv" / "bin"
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("S3QUEUE_", "PYTHON"))}
-        inside = {**plain, "PATH": f"{binaries}{os.pathsep}{plain['PATH']}"}
+        inside = {**plain, "COLUMNS": "160", "PATH": f"{binaries}{os.pathsep}{plain['PATH']}"}
         steps: list[tuple[str, Callable[[], object]]] = []
         if not chosen.only:
             steps += [

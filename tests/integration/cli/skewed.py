@@ -12,7 +12,6 @@ import botocore.auth
 from s3queue_async.cli import main
 
 shift_s = float(sys.argv.pop(1))
-signing: Any = botocore.auth
 right_time: Any = time.time
 auth: Any = botocore.auth
 right_datetime = auth.get_current_datetime
