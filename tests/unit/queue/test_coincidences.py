@@ -122,3 +122,33 @@ async def test_a_rename_whose_reply_was_lost() -> None:
             await anyio.sleep(60)
     assert runs.items == [(1, 2)]
     assert await bed.live() == {}
+
+
+@virtual
+async def test_a_key_that_was_made_while_the_local_clock_was_ahead() -> None:
+    """No reply said yet that the clock had jumped, so the key bears a time to come. The reply to its write is lost, and
+    the message has been run and forgotten as its writer looks: it is not written again unless that is said."""
+    bed = Bed()
+    lane, faults = bed.lane()
+    runs = Seen()
+    ambiguous = Seen()
+    clock = LoopClock()
+
+    async def handle(payload: str) -> None:
+        runs(payload)
+
+    producer = S3Queue[str](storage=lane, settings=YOUNG, clock=clock)
+    async with producer, bed.queue(settings=YOUNG, on_message=handle):
+        producer.on("enqueue.ambiguous", ambiguous)
+        await anyio.sleep(30)
+        clock.offset_s += 20
+        faults.lose_reply("put", key="ready/*")
+        faults.unavailable("get", "put", key="*")
+        async with anyio.create_task_group() as group:
+            group.start_soon(producer.enqueue, "one")
+            await runs.count(1)
+            await anyio.sleep(YOUNG.claim_linger + 4)
+            faults.clear()
+        await anyio.sleep(60)
+    assert len(runs.items) == 1 + len(ambiguous.items)
+    assert await bed.leftovers() == []
