@@ -127,7 +127,8 @@ async def test_a_rename_whose_reply_was_lost() -> None:
 @virtual
 async def test_a_key_that_was_made_while_the_local_clock_was_ahead() -> None:
     """No reply said yet that the clock had jumped, so the key bears a time to come. The reply to its write is lost, and
-    the message has been run and forgotten as its writer looks: it is not written again unless that is said."""
+    the message has been run and forgotten as its writer looks: it is not written again unless that is said.
+    """
     bed = Bed()
     lane, faults = bed.lane()
     runs = Seen()
