@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Container
 from contextlib import suppress
 
+import anyio
+
 from s3queue_async.engine.election import Election
 from s3queue_async.engine.registry import Peer, Registry
 from s3queue_async.engine.scanner import DELAYED_EVERY_S, PAGES_MAX, Scanner
@@ -22,6 +24,7 @@ from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.board import Ticket, assign
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.storage.base import LIST_LIMIT_MAX
+from s3queue_async.wakeup import Wakeup
 
 BUSY_CYCLE_CAP_S = 1.0
 """The longest cycle while segments of several messages are held, which their holders may share out."""
@@ -122,6 +125,7 @@ class Coordinator:
         self._published: tuple[tuple[Ticket, ...], tuple[str, ...], float, bool] | None = None
         self._publish_at = -math.inf
         self._publish_every_s = 0.0
+        self._woken = Wakeup()
         self._workers: dict[str, Peer] = {}
         self._next_workers = -math.inf
         self._next_joiners = -math.inf
@@ -162,7 +166,13 @@ class Coordinator:
                 self._pace.found()
             else:
                 self._pace.empty(cap_s=BUSY_CYCLE_CAP_S if self.busy else None)
-            await self._shared.clock.sleep(self._wait_s())
+            with anyio.move_on_after(self._wait_s()):
+                await self._woken.wait()
+
+    def notice_work(self) -> None:
+        """The worker here has something to do: if it was idle and alone so far, somebody may have joined."""
+        if self._election.leading and self.active_workers == 1 and not self.busy:
+            self._woken.set()
 
     def _begin(self) -> None:
         board = self._election.board
@@ -210,7 +220,7 @@ class Coordinator:
             lefts = (self._registry.lease_left_s(peer) for peer in self._workers.values())
             soonest_s = max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
             self._next_workers = now + min(soonest_s, HEARTBEATS_LOOK * shared.settings.heartbeat_interval)
-        elif (self._tickets or self.busy) and now >= self._next_joiners:
+        elif (self._tickets or self.busy or self.active_workers == 1) and now >= self._next_joiners:
             await self._look_at_workers(changed_too=False)
         if self.active_workers == 1:
             return await self._lead_alone()

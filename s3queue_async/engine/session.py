@@ -444,6 +444,7 @@ class Session:
     def _hold(self, held: Held) -> None:
         self.held[held.name] = held
         self._delivered.set()
+        self.coordinator.notice_work()
 
     def _on_end(self, held: Held) -> None:
         self.feed.remove(held)

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from s3queue_async import S3Queue
-from tests.integration.processes.harness import Place, fleet, looking
+from tests.integration.processes.harness import Place, fleet, known_to_the_coordinator, looking
 
 pytestmark = pytest.mark.integration
 
@@ -16,6 +16,9 @@ async def test_without_faults_every_message_is_handled_once(place: Place) -> Non
     """Four worker processes, 20,000 messages from one enqueue_many: each is handled once, and nothing stays behind."""
     with fleet(place) as programs:
         workers = await programs.start_workers(4)
+        async with looking(place) as look:
+            # One worker alone would have done it all before the others look for the first time.
+            await known_to_the_coordinator(look, 4)
         began = time.monotonic()
         async with S3Queue[int](place.url, payload_type=int) as queue:
             ids = await queue.enqueue_many(range(MESSAGES))

@@ -94,7 +94,7 @@ async def test_delay_and_priority() -> None:
     async with working(broker, max_async_tasks=1):
         await ran.count(4)
     assert [name for name, _ in ran.items] == ["first", "second", "third", "late"]
-    assert 60 <= ran.items[3][1] - began < 70
+    assert 59.9 < ran.items[3][1] - began < 70
 
 
 @virtual
@@ -203,7 +203,7 @@ async def test_ack_within() -> None:
         await asyncio.sleep(400)
         assert await settled(broker)
     first, second = runs.items
-    assert 100 <= second - first < 110
+    assert 99.9 < second - first < 110
 
 
 @pytest.mark.parametrize("kind", list(AcknowledgeType))
@@ -370,8 +370,8 @@ async def test_smart_retries() -> None:
     async with working(broker):
         await fail.kiq()
         first, second, third = await runs.count(3)
-    assert 50 <= second - first < 60
-    assert 100 <= third - second < 110
+    assert 49.9 < second - first < 60
+    assert 99.9 < third - second < 110
 
 
 @virtual
@@ -571,7 +571,13 @@ async def test_a_receiver_that_is_cancelled() -> None:
         await asyncio.wait({receiving})
         receiving = asyncio.create_task(run_receiver_task(broker, max_async_tasks=4))
         began = anyio.current_time()
-        await runs.count(4)
+
+        async def all_began() -> bool:
+            # What taskiq dropped in a cycle of references is noticed with the next collection of garbage.
+            gc.collect()
+            return len(runs.items) == 4
+
+        await eventually(all_began)
         assert anyio.current_time() - began < 10
         await eventually(lambda: settled(broker))
         receiving.cancel()
