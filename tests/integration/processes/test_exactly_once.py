@@ -36,7 +36,8 @@ async def test_without_faults_every_message_is_handled_once(place: Place) -> Non
     assert sorted(line.payload for line in programs.handled) == list(range(MESSAGES))
     assert {(line.attempt, line.token > 0) for line in programs.handled} == {(1, True)}
     shares = [len(worker.handled) for worker in workers]
-    assert all(shares), "a worker had nothing to do"
+    # So short a burst need not reach all of them; that slow jobs do is in test_spread.py.
+    assert sum(share > 0 for share in shares) > 1, "one worker did everything"
     print(
         f"{place.kind}: {MESSAGES} enqueued in {enqueued - began:.1f} s, handled {handled - began:.1f} s after the "
         f"first enqueue began; by worker {shares}"
