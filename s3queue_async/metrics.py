@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import anyio
+import msgspec
 
 from s3queue_async.clock import Clock
 from s3queue_async.engine.coordination import Coordination
-from s3queue_async.engine.inspector import Backlog
+from s3queue_async.engine.reading import Backlog
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import StoreUnavailable, Throttled
@@ -289,7 +290,7 @@ class Meter:
             # A priority of which nothing is left is told as 0: a gauge that is not told any more keeps its last value.
             self._priorities |= counted.waiting.keys()
             waiting = {priority: counted.waiting.get(priority, 0) for priority in sorted(self._priorities)}
-            return Backlog(waiting, counted.delayed, counted.held)
+            return msgspec.structs.replace(counted, waiting=waiting)
         log.warning("the backlog could not be counted", error="the store took longer than metrics_interval")
         return None
 

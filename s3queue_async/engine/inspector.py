@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from s3queue_async.engine.reading import Reading, keys_of, require_some
+from s3queue_async.engine.reading import Backlog, Reading, claimed_names, count, keys_of, require_some
 from s3queue_async.engine.registry import Counters, Registry
 from s3queue_async.engine.session import Session
 from s3queue_async.engine.settler import HistoryRecord
@@ -25,8 +25,9 @@ from s3queue_async.message import (
 from s3queue_async.protocol import layout
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.segment import Record
-from s3queue_async.storage.base import Entry, NotFound, Stored
+from s3queue_async.storage.base import NotFound, Stored
 
+PLACES = (layout.READY, layout.DELAYED, layout.DEAD, layout.CLAIMS)
 QUICK_PAGES = 10
 QUICK_WORKERS = 100
 AT_ONCE = 8
@@ -36,20 +37,6 @@ DELETE_BATCH = 1000
 _history_decoder = msgspec.msgpack.Decoder(list[HistoryRecord])
 
 Decode = Callable[[bytes, int], Any]
-
-
-class Backlog(msgspec.Struct, frozen=True):
-    """Messages of the queue that are not settled.
-
-    Attributes:
-        waiting: Ready or due and held by nobody, by priority.
-        delayed: Not due yet.
-        held: Of segments that workers hold, or have given back and nobody took since.
-    """
-
-    waiting: dict[int, int]
-    delayed: int
-    held: int
 
 
 class Inspector:
@@ -73,51 +60,19 @@ class Inspector:
     async def stats(self, *, exact: bool) -> QueueStats:
         """Count by key names; ``exact`` lists everything and reads the claims, too."""
         pages = None if exact else QUICK_PAGES
-        listed: dict[str, list[Entry]] = {}
-        complete = True
-
-        async def list_into(prefix: str) -> None:
-            nonlocal complete
-            listed[prefix], whole = await self._reading.entries(prefix, pages)
-            complete = complete and whole
-
-        prefixes = (layout.READY, layout.DELAYED, layout.DEAD, layout.CLAIMS)
-        await together(prefixes, list_into, at_once=len(prefixes))
+        listed, complete = await self._reading.listed(PLACES, pages)
         workers = await self._registry.list()
-        held = {layout.claim_name(entry.key) for entry in listed[layout.CLAIMS]}
+        held = claimed_names(listed[layout.CLAIMS])
         if exact:
             held -= await self._free(held)
         session = self._session()
-        own = {} if session is None else session.held
-        pending = delayed = processing = 0
-        oldest_ms: int | None = None
+        mine = {} if session is None else session.held
+        own = {name: len(one.waiting) + one.running + len(one.departing) for name, one in mine.items()}
         now_ms = self._shared.time.now_ms()
-        for key in keys_of([*listed[layout.READY], *listed[layout.DELAYED]]):
-            mine = own.get(key.name)
-            if mine is not None:
-                processing += len(mine.waiting) + mine.running + len(mine.departing)
-            elif key.name in held:
-                processing += key.count
-            elif key.due_ms > now_ms:
-                delayed += key.count
-            else:
-                pending += key.count
-                oldest_ms = key.created_ms if oldest_ms is None else min(oldest_ms, key.created_ms)
+        backlog = count([*listed[layout.READY], *listed[layout.DELAYED]], held, now_ms, own)
         dead = sum(key.count for key in keys_of(listed[layout.DEAD]))
         counters = await self._counters(list(workers), None if exact else QUICK_WORKERS)
-        return QueueStats(
-            pending=pending,
-            delayed=delayed,
-            processing=processing,
-            completed=counters.completed,
-            retried=counters.retried,
-            failed=counters.failed,
-            dead=dead,
-            total=pending + delayed + processing + counters.completed + dead,
-            workers=len(workers),
-            oldest_age=None if oldest_ms is None else max(0.0, (now_ms - oldest_ms) / 1000),
-            complete=complete,
-        )
+        return stats_of(backlog, counters, dead=dead, workers=len(workers), now_ms=now_ms, complete=complete)
 
     async def backlog(self, *, stop_at: int) -> int:
         """Messages that wait, delayed ones included; counting ends once ``stop_at`` is reached."""
@@ -132,21 +87,10 @@ class Inspector:
     async def by_priority(self) -> Backlog:
         """What waits and what is held, by the names of up to 10,000 segments of a kind, and as many claims."""
         # Claims first: a segment that is claimed meanwhile still waits by this count, and one that is settled is gone.
-        listed, _ = await self._reading.entries(layout.CLAIMS, QUICK_PAGES)
-        claimed = {layout.claim_name(entry.key) for entry in listed}
-        now_ms = self._shared.time.now_ms()
-        waiting: dict[int, int] = {}
-        delayed = held = 0
-        for prefix in (layout.READY, layout.DELAYED):
-            entries, _ = await self._reading.entries(prefix, QUICK_PAGES)
-            for key in keys_of(entries):
-                if key.name in claimed:
-                    held += key.count
-                elif key.due_ms > now_ms:
-                    delayed += key.count
-                else:
-                    waiting[key.priority] = waiting.get(key.priority, 0) + key.count
-        return Backlog(waiting, delayed, held)
+        claimed, _ = await self._reading.entries(layout.CLAIMS, QUICK_PAGES)
+        ready, _ = await self._reading.entries(layout.READY, QUICK_PAGES)
+        delayed, _ = await self._reading.entries(layout.DELAYED, QUICK_PAGES)
+        return count([*ready, *delayed], claimed_names(claimed), self._shared.time.now_ms())
 
     async def workers(self) -> list[WorkerInfo]:
         """Every registered worker, as its last heartbeat describes it."""
@@ -425,6 +369,25 @@ class Inspector:
         if free:
             await self._shared.storage.delete_many([key.text for key in free])
         return sum(key.count for key in free)
+
+
+def stats_of(
+    backlog: Backlog, counters: Counters, *, dead: int, workers: int, now_ms: int, complete: bool
+) -> QueueStats:
+    """What users see of a queue's counts."""
+    return QueueStats(
+        pending=backlog.pending,
+        delayed=backlog.delayed,
+        processing=backlog.held,
+        completed=counters.completed,
+        retried=counters.retried,
+        failed=counters.failed,
+        dead=dead,
+        total=backlog.pending + backlog.delayed + backlog.held + counters.completed + dead,
+        workers=workers,
+        oldest_age=None if backlog.oldest_ms is None else max(0.0, (now_ms - backlog.oldest_ms) / 1000),
+        complete=complete,
+    )
 
 
 def _completed(record: HistoryRecord) -> CompletedMessage:

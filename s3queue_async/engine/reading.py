@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
+
+import msgspec
 
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.errors import CorruptObject, Unreadable
 from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.claim import Claim
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.protocol.segment import Segment
 from s3queue_async.storage.base import Entry, NotFound, Stored
+
+
+class Backlog(msgspec.Struct, frozen=True):
+    """Messages of the queue that are not settled.
+
+    Attributes:
+        waiting: Ready or due and held by nobody, by priority.
+        delayed: Not due yet.
+        held: Of segments that workers hold, or have given back and nobody took since.
+        oldest_ms: When the oldest segment of those that wait was created, store time; None when nothing waits.
+    """
+
+    waiting: dict[int, int]
+    delayed: int
+    held: int
+    oldest_ms: int | None
+
+    @property
+    def pending(self) -> int:
+        return sum(self.waiting.values())
 
 
 class Reading:
@@ -39,6 +63,19 @@ class Reading:
             if pages is not None and turned >= pages:
                 return entries, False
             after = page.entries[-1].key
+
+    async def listed(self, prefixes: Sequence[str], pages: int | None) -> tuple[dict[str, list[Entry]], bool]:
+        """As ``entries``, for several prefixes at a time."""
+        found: dict[str, list[Entry]] = {}
+        complete = True
+
+        async def list_into(prefix: str) -> None:
+            nonlocal complete
+            found[prefix], whole = await self.entries(prefix, pages)
+            complete = complete and whole
+
+        await together(prefixes, list_into, at_once=len(prefixes))
+        return found, complete
 
     async def each(self, prefix: str, *, after: str = "") -> AsyncIterator[Entry]:
         """Every object under a prefix, in the order of keys, page by page."""
@@ -100,6 +137,37 @@ class Reading:
     def _unreadable(error: CorruptObject) -> None:
         # Whoever claims it sets it aside; who only looks goes on with the others.
         log.error("an object of the queue cannot be used", key=error.key, reason=error.reason)
+
+
+def count(entries: Iterable[Entry], held: Container[str], now_ms: int, own: Mapping[str, int] | None = None) -> Backlog:
+    """Count the messages of ready and delayed segments by their keys.
+
+    Args:
+        entries: As they were listed.
+        held: Names of segments with a claim.
+        now_ms: Store time.
+        own: How many messages are left of the segments that this process holds, by name.
+    """
+    own = own or {}
+    waiting: dict[int, int] = {}
+    delayed = in_hand = 0
+    oldest_ms: int | None = None
+    for key in keys_of(entries):
+        if key.name in own:
+            in_hand += own[key.name]
+        elif key.name in held:
+            in_hand += key.count
+        elif key.due_ms > now_ms:
+            delayed += key.count
+        else:
+            waiting[key.priority] = waiting.get(key.priority, 0) + key.count
+            oldest_ms = key.created_ms if oldest_ms is None else min(oldest_ms, key.created_ms)
+    return Backlog(waiting, delayed, in_hand, oldest_ms)
+
+
+def claimed_names(entries: Iterable[Entry]) -> set[str]:
+    """Names of the segments that claims are about."""
+    return {layout.claim_name(entry.key) for entry in entries}
 
 
 def keys_of(entries: Iterable[Entry]) -> list[SegmentKey]:

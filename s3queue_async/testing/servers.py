@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -193,6 +195,8 @@ def moto(buckets: Sequence[str] = ()) -> Iterator[Server]:
         raise ServerError(f"moto's server cannot be imported ({error}). Run: pip install 'moto[server]'") from error
     thread = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     thread.start()
+    assert thread._server is not None
+    thread._server.app = _one_at_a_time(thread._server.app)
     try:
         host, port = thread.get_host_and_port()
         server = Server(f"http://{host}:{port}")
@@ -201,6 +205,21 @@ def moto(buckets: Sequence[str] = ()) -> Iterator[Server]:
         yield server
     finally:
         thread.stop()
+
+
+def _one_at_a_time(app: Any) -> Any:
+    """The application without races: moto's threads look whether a key is free, and write a moment later."""
+    turn = threading.Lock()
+
+    def serve(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        # Read before its turn, so that a client that stops half-way keeps nobody waiting.
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        if length:
+            environ["wsgi.input"] = BytesIO(environ["wsgi.input"].read(length))
+        with turn:
+            return list(app(environ, start_response))
+
+    return serve
 
 
 def _program(name: str, package: str) -> str:

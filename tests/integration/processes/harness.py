@@ -18,7 +18,6 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from s3queue_async.engine.registry import Heartbeat
-from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
@@ -293,17 +292,6 @@ class Look:
             if body is not None:
                 found[key.removeprefix(prefix)] = msgspec.json.decode(body, type=Heartbeat)
         return found
-
-
-async def known_to_the_coordinator(look: Look, workers: int, *, within_s: float = SOON_S) -> None:
-    """Return once the board names so many workers: who has just registered gets no tickets yet."""
-    deadline = time.monotonic() + within_s
-    while True:
-        body = await look.body(BOARD)
-        if body is not None and len(boards.decode(BOARD, body).workers) == workers:
-            return
-        assert time.monotonic() < deadline, f"not within {within_s:g} s: the board names {workers} workers"
-        await asyncio.sleep(PAUSE_S)
 
 
 @contextlib.asynccontextmanager
