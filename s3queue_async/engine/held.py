@@ -150,6 +150,12 @@ class Held:
         for cancel in list(self.cancel.values()):
             cancel()
 
+    def end(self) -> None:
+        """It is not held any more, and nothing of it is left to be recorded."""
+        self.ended = True
+        # Who came while the last of it was being recorded is not among those whom the settler wakes.
+        self.notify_waiters()
+
     def notify_waiters(self) -> None:
         """Wake those who wait for news of this segment to be recorded."""
         waiters, self.waiters = self.waiters, []

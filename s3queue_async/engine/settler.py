@@ -291,7 +291,7 @@ class Settler:
     def lose(self, held: Held, reason: str) -> None:
         """Give a segment up without a word to the store: another worker may own it."""
         held.lose(reason)
-        held.ended = True
+        held.end()
         self._on_end(held)
 
     # -- the two ways to end a segment ---------------------------------------------------------------------------
@@ -363,7 +363,7 @@ class Settler:
                 # When it is another worker's by now, an earlier try whose reply was lost gave it back.
                 with suppress(Superseded):
                     await self._write_claim(held, lambda claim: claims.release(claim, nonce=shared.nonce()))
-        held.ended = True
+        held.end()
         self._on_end(held)
 
     async def _delete_own_claim(self, held: Held) -> None:
@@ -551,7 +551,7 @@ class Settler:
             await self._shared.storage.delete_many(keys)
 
     def _ended(self, held: Held) -> None:
-        held.ended = True
+        held.end()
         self.let_linger(held.key, held)
         self._on_end(held)
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from s3queue_async import Context, DeadLetter, Message, Settings
@@ -60,6 +61,23 @@ async def test_receive_waits() -> None:
             await anyio.sleep(5)
             await producer.enqueue("later")
         assert 5 <= anyio.current_time() - began < 11
+
+
+@virtual
+async def test_acknowledgements_at_any_moment_of_each_other() -> None:
+    """The last message of a segment is acknowledged while the one before is being recorded: both return."""
+    bed = Bed()
+    async with bed.queue() as queue:
+        for moments in range(40):
+            await queue.enqueue_many(["first", "second"])
+            first, second = await queue.receive(2, wait=5)
+            with anyio.fail_after(60):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(first.ack)
+                    for _ in range(moments):
+                        await anyio.lowlevel.checkpoint()
+                    group.start_soon(second.ack)
+        assert (await queue.stats(exact=True)).completed == 80
 
 
 @virtual
