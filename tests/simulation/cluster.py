@@ -449,20 +449,18 @@ class Cluster:
     async def _end(self) -> None:
         """Let sweeps do their work, end every process in order, and look at what is left."""
         settings = self.scenario.settings
-        bound_s = PROBE_OVER_S + 4 * settings.visibility_timeout + 2 * settings.claim_linger
         # Who has just lost its lease, or is just being fenced, is to find out first.
         await anyio.sleep(settings.heartbeat_interval)
-        give_up_at = max(self.world.time(), self.store.landing_until) + bound_s
-        while self.world.time() < give_up_at and not self._is_swept():
-            await self._second()
+        await self._swept()
         self._collect_dead()
         self.ending = True
-        for process in self.processes:
-            process.stop.set()
-        if running := [process.tasks[0] for process in self._running()]:
-            await asyncio.wait(running, timeout=120.0)
-        if stuck := self._running():
-            self.history.problems.append(f"processes did not end: {stuck}")
+        ends_s = self.world.time()
+        await self._stop_all()
+        if self._claimed_while_leaving(ends_s):
+            # They left at once, each with others beside it: it is for the next worker.
+            self.spawn("worker", self.worker)
+            await self._swept()
+            await self._stop_all()
         for process in self.processes:
             if process.alive and process.tasks[0].done() and process.tasks[0].exception() is not None:
                 failure = process.tasks[0].exception()
@@ -480,6 +478,27 @@ class Cluster:
         for message_id, due_s in self.nameless:
             job = jobs.get(numbers.get(message_id, -1), Job(-1, "never ran", 0.0))
             self.history.sent.append(Sent(message_id, job, self.world.time(), due_s, None))
+
+    async def _swept(self) -> None:
+        """Return once nothing is left behind, or when it should not be any more."""
+        settings = self.scenario.settings
+        bound_s = PROBE_OVER_S + 4 * settings.visibility_timeout + 2 * settings.claim_linger
+        give_up_at = max(self.world.time(), self.store.landing_until) + bound_s
+        while self.world.time() < give_up_at and not self._is_swept():
+            await self._second()
+
+    async def _stop_all(self) -> None:
+        for process in self.processes:
+            process.stop.set()
+        if running := [process.tasks[0] for process in self._running()]:
+            await asyncio.wait(running, timeout=120.0)
+        if stuck := self._running():
+            self.history.problems.append(f"processes did not end: {stuck}")
+
+    def _claimed_while_leaving(self, since_s: float) -> bool:
+        """Whether all that is left are claims, written after everybody was told to leave."""
+        left = [self.store.objects[key] for key in self._leftovers() if key.startswith(layout.CLAIMS)]
+        return 0 < len(left) == len(self._leftovers()) and all(found.modified_s > since_s for found in left)
 
     def _running(self) -> list[Process]:
         return [process for process in self.processes if process.alive and not process.tasks[0].done()]

@@ -44,6 +44,7 @@ class Watch:
         self._reported: set[str] = set()
         self._owners: dict[str, tuple[str, int]] = {}
         self._unclaimed_since: dict[str, float] = {}
+        self._reserved_until: dict[str, float] = {}
         self._term = (0, "")
         self._leased_until: dict[str, float] = {}
         self._fenced = history.fenced = {}
@@ -101,6 +102,9 @@ class Watch:
                 f"term {board.term} of {board.leader} was published after term {term} of {leader} at {at_s:.2f}"
             )
         self._term = board.term, board.leader
+        for ticket in board.tickets:
+            if not ticket.stalled:
+                self._reserved_until[ticket.key] = ticket.issued_ms / 1000 + self._history.settings.ticket_ttl
 
     def _claimed(self, key: str) -> None:
         claim = self._decoded(key, self._store.objects[key].body)
@@ -158,7 +162,9 @@ class Watch:
             seen_after_s = now - self._history.settings.max_poll_interval - OVERTAKING_S
             if claimed is not None:
                 for key, since_s in since.items():
-                    if self._key(key).priority > self._key(claimed).priority and since_s < seen_after_s:
+                    # Others leave a first ticket to the worker whose it is, busy as that may be.
+                    free_s = max(since_s, self._reserved_until.get(key, since_s))
+                    if self._key(key).priority > self._key(claimed).priority and free_s < seen_after_s:
                         self._history.problems.append(f"{claimed} was claimed before {key}, which waits longer")
         self._unclaimed_since = since
 
