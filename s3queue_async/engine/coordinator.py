@@ -40,7 +40,9 @@ LOOKS_FREE = 5
 """So many workers look as often as they like."""
 POLL_MAX_S = 2.0
 HEARTBEATS_LOOK = 1.5
-"""Heartbeats are read once in so many of their intervals."""
+"""Heartbeats are read once in so many of their intervals, by a coordinator that has work to give."""
+HEARTBEATS_LOOK_AT_REST = 3.0
+"""The same while there is none. Workers that hold nothing do not beat more often than once a minute, either."""
 HEARTBEATS_LOOK_MIN_S = 0.5
 JOINERS_EVERY_S = 1.0
 """How often workers are listed while there is work: who has just registered is to get some."""
@@ -205,6 +207,10 @@ class Coordinator:
     def _poll_s(self) -> float:
         return min(POLL_MAX_S, max(0.0, (self.active_workers - LOOKS_FREE) / LOOKS_A_SECOND))
 
+    @property
+    def _at_rest(self) -> bool:
+        return not self._first_seen and self._pace.interval_s >= AT_REST_S
+
     # -- a cycle -------------------------------------------------------------------------------------------------
 
     async def cycle(self) -> bool:
@@ -219,7 +225,8 @@ class Coordinator:
             # Whoever does not renew its lease is looked at again as soon as that is over.
             lefts = (self._registry.lease_left_s(peer) for peer in self._workers.values())
             soonest_s = max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
-            self._next_workers = now + min(soonest_s, HEARTBEATS_LOOK * shared.settings.heartbeat_interval)
+            intervals = HEARTBEATS_LOOK_AT_REST if self._at_rest and not self.busy else HEARTBEATS_LOOK
+            self._next_workers = now + min(soonest_s, intervals * shared.settings.heartbeat_interval)
         elif (self._tickets or self.busy or self.active_workers == 1) and now >= self._next_joiners:
             await self._look_at_workers(changed_too=False)
         if self.active_workers == 1:
@@ -297,7 +304,7 @@ class Coordinator:
 
         due_now = self._due_ms is not None and self._due_ms / 1000 <= self._shared.time.earliest()
         listings = [list_ready]
-        at_rest = not self._first_seen and self._pace.interval_s >= AT_REST_S
+        at_rest = self._at_rest
         if at_rest:
             # There is probably nothing to claim.
             floor = NOTHING_LISTED

@@ -26,10 +26,12 @@ LANE_WRITES_MAX = 16
 """Segments of one lane that are written at a time."""
 WRITES_MAX = 32
 """Segments of all lanes that are written at a time."""
-LANE_BACKLOG_MAX = 4
-"""Full batches that wait for a write before ``enqueue`` waits for room."""
-BULK_BATCHES_MAX = 8
-"""Segments of one ``enqueue_many`` that are undecided before more payloads are taken."""
+LANE_BACKLOG_MAX = 16
+"""Full batches that wait for a write before ``enqueue`` waits for room: when all writes end at once, as many can begin."""
+BULK_BATCHES_MAX = 64
+"""Segments of one ``enqueue_many`` that are undecided, or wait for one that is, before more payloads are taken."""
+BULK_BYTES_MAX = 32 * 1024 * 1024
+"""The same in bytes of payloads, unless it is a single segment."""
 DECIDE_WITHIN_S = 60.0
 """How long an enqueue goes on trying while the store does not answer."""
 MARKERS_REST_S = 1.5
@@ -107,7 +109,8 @@ class BulkWriter:
         self._messages_max = producer.segment_messages_max
         self._bytes_max = producer.segment_bytes_max
         self._batch = Batch(priority, due_ms)
-        self._open: deque[tuple[Sequence[Entry], Batch]] = deque()
+        self._open: deque[tuple[Sequence[Entry], Batch, int]] = deque()
+        self._open_bytes = 0
         self._ids: list[str] = []
 
     def append(self, entry: Entry) -> bool:
@@ -136,7 +139,7 @@ class BulkWriter:
         """Take a message with a deduplication id: it goes its own way, in its turn."""
         await self.turn()
         entry, batch = await self._producer.add(entry, self._priority, self._due_ms)
-        self._open.append(((entry,), batch))
+        self._keep((entry,), batch, len(entry.payload))
 
     async def turn(self) -> None:
         """Send what is complete; waits while too much is undecided. Raises what an earlier segment failed with."""
@@ -144,7 +147,7 @@ class BulkWriter:
         if batch.entries:
             self._batch = Batch(self._priority, self._due_ms)
             await self._producer.submit(batch)
-            self._open.append((batch.entries, batch))
+            self._keep(batch.entries, batch, batch.size)
         await self._settle(BULK_BATCHES_MAX)
 
     async def finish(self) -> list[str]:
@@ -155,21 +158,29 @@ class BulkWriter:
 
     async def ids_written(self) -> list[str]:
         """The ids of what is durable, once everything is decided, failures included."""
-        for entries, batch in self._open:
+        for entries, batch, _ in self._open:
             await batch.done.wait()
             if batch.error is None:
                 self._ids += [entry.id for entry in entries]
         self._open.clear()
         return self._ids
 
+    def _keep(self, entries: Sequence[Entry], batch: Batch, size: int) -> None:
+        self._open.append((entries, batch, size))
+        self._open_bytes += size
+
     async def _settle(self, keep: int) -> None:
-        while self._open and (len(self._open) > keep or self._open[0][1].done.is_set()):
-            entries, batch = self._open[0]
+        while self._open and (self._is_much(keep) or self._open[0][1].done.is_set()):
+            entries, batch, size = self._open[0]
             await batch.done.wait()
             if batch.error is not None:
                 raise batch.error
             self._ids += [entry.id for entry in entries]
             self._open.popleft()
+            self._open_bytes -= size
+
+    def _is_much(self, keep: int) -> bool:
+        return len(self._open) > keep or (self._open_bytes > BULK_BYTES_MAX and len(self._open) > 1)
 
 
 class Expected(Protocol):

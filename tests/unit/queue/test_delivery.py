@@ -270,7 +270,7 @@ async def test_enqueue_many_streams() -> None:
 
     async def payloads() -> Any:
         nonlocal taken
-        for number in range(5000):
+        for number in range(50_000):
             taken += 1
             yield number
 
@@ -283,9 +283,9 @@ async def test_enqueue_many_streams() -> None:
 
             group.start_soon(enqueue)
             await anyio.sleep(0.005)
-            assert 0 < taken < 5000, "bounded: nothing was written yet"
-        assert len(set(ids)) == 5000
-        assert (await producer.stats(exact=True)).pending == 5000
+            assert 0 < taken < 50_000, "bounded: nothing was written yet"
+        assert len(set(ids)) == 50_000
+        assert (await producer.stats(exact=True)).pending == 50_000
     order = [record.id for key in await bed.keys("ready/") for record in (await bed.segment(key)).index.records]
     assert sorted(order) == sorted(ids)
 
