@@ -24,7 +24,7 @@ from s3queue_async.engine.registry import FENCED, NOT_RENEWED, Counters, Lease, 
 from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import QueueError, StoreUnavailable, Throttled, Unreadable
+from s3queue_async.errors import LeaseLost, QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.events import (
     LeaseLostEvent,
     MessageClaimed,
@@ -52,6 +52,7 @@ SPLIT_EARLY_PART = 0.25
 ENDED_MAX = 20_000
 KNOWN_LINGERS = 3
 FAREWELL_S = 5.0
+OVER = "its session is over"
 
 
 class Tally:
@@ -225,6 +226,11 @@ class Session:
         self._scope.cancel()
 
     async def _farewell(self) -> None:
+        for held in self.held.values():
+            held.lose(self.lease.lost or OVER)
+            # Who waits for what the settler was recording as it was cancelled is not woken by the loss, which may have
+            # come before.
+            held.notify_waiters()
         reason = self.lease.lost
         if reason is None and self.held:
             # Cancelled with messages in hand: nobody runs them here any more, so others need not wait for the lease.
@@ -493,11 +499,19 @@ class Session:
 
         Raises:
             Unreadable: This process lacks what it takes to read it.
+            LeaseLost: The session is over: nobody would settle what it claims.
         """
+        self._require_settler()
         held = await self.claimer.claim_one(key)
         if held is not None:
+            self._require_settler()
             self._hold(held)
         return held
+
+    def _require_settler(self) -> None:
+        self.lease.check()
+        if self._working is None:
+            raise LeaseLost(f"Worker {self.worker_id} has left: {OVER}.")
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
