@@ -694,10 +694,10 @@ class S3Queue(Generic[PayloadT]):
         return self._receiver
 
     async def _until_registered(self) -> None:
-        while self._session is None or self._session.is_over:
+        # One that cannot register is followed by another.
+        while self._session is None or self._session.is_over or not await self._session.registered():
             self._require_open()
             await self._clock.sleep(0.01)
-        await self._session.registered()
 
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[Session]:

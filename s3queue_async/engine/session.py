@@ -141,7 +141,7 @@ class Session:
         self._rate_done = 0
         self._changed = Wakeup()
         self._delivered = Wakeup()
-        self._registered = anyio.Event()
+        self._decided = anyio.Event()
         self._over = anyio.Event()
         self._scope = anyio.CancelScope()
         self._working: TaskGroup | None = None
@@ -164,8 +164,9 @@ class Session:
         except BaseException:
             self.lease.lose("not registered")
             self._notify()
+            self._decided.set()
             raise
-        self._registered.set()
+        self._decided.set()
         log.info("worker started", worker=self.worker_id, capacity=self.capacity)
         self.shared.bus.emit(WorkerStarted(worker_id=self.worker_id, capacity=self.capacity))
         try:
@@ -293,9 +294,10 @@ class Session:
     def is_over(self) -> bool:
         return self.lease.lost is not None
 
-    async def registered(self) -> None:
-        """Return once the worker is registered."""
-        await self._registered.wait()
+    async def registered(self) -> bool:
+        """Return once the worker is registered; False when it is not, or not any more."""
+        await self._decided.wait()
+        return not self.is_over
 
     # -- demand --------------------------------------------------------------------------------------------------
 

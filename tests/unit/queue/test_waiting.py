@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from s3queue_async import DeadLetter, Message, S3Queue, Settings
-from s3queue_async.errors import LeaseLost, QueueError
+from s3queue_async.errors import LeaseLost, QueueClosed, QueueError
 from tests.unit.queue.bed import Bed, eventually, virtual
 
 SETTINGS = Settings(coordinator=False)
@@ -116,6 +116,55 @@ async def test_the_lease_is_lost_during_a_redrive(operation: str) -> None:
 
         group.start_soon(cut_off)
         assert isinstance(await outcome(queue.dead_letters.redrive()), LeaseLost)
+
+
+# -- registering -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["receive", "start_processing"])
+@virtual
+async def test_the_first_registration_fails(how: str) -> None:
+    """Who waits for it goes on once a later one works."""
+    bed = Bed()
+    async with bed.queue() as queue, bed.queue() as producer, anyio.create_task_group() as group:
+        await producer.enqueue("x")
+        away = bed.faults.unavailable("put", key="plugin/workers/*")
+
+        async def come_back() -> None:
+            await anyio.sleep(60)
+            bed.faults.remove(away)
+
+        group.start_soon(come_back)
+        began = anyio.current_time()
+        if how == "receive":
+            (message,) = await outcome(queue.receive(1))
+            await message.ack()
+        else:
+            await outcome(queue.start_processing(_handle))
+        assert queue.worker_id in [worker.id for worker in await queue.workers()]
+        assert 60 <= anyio.current_time() - began < 100
+
+
+@virtual
+async def test_drained_while_nobody_can_register() -> None:
+    """Who waits for the registration is told."""
+    bed = Bed()
+    async with bed.queue() as queue, anyio.create_task_group() as group:
+        bed.faults.unavailable("put", key="plugin/workers/*")
+        outcomes: list[Any] = []
+
+        async def receive() -> None:
+            outcomes.append(await outcome(queue.receive(1)))
+
+        group.start_soon(receive)
+        await anyio.sleep(3)
+        await outcome(queue.drain())
+        await eventually(lambda: _is(len(outcomes) == 1))
+        assert isinstance(outcomes[0], QueueClosed)
+
+
+async def _handle(payload: Any) -> None:
+    """Do nothing."""
 
 
 async def _let_die(bed: Bed, count: int) -> None:
