@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -161,6 +161,118 @@ async def test_drained_while_nobody_can_register() -> None:
         await outcome(queue.drain())
         await eventually(lambda: _is(len(outcomes) == 1))
         assert isinstance(outcomes[0], QueueClosed)
+
+
+# -- stopping and starting -------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_received_at_any_moment_of_a_stop() -> None:
+    """Who receives while the worker stops gets the messages from the next one."""
+    for moments in range(60):
+        bed = Bed()
+        async with bed.queue() as queue:
+            await queue.enqueue("first")
+            await (await queue.receive(1))[0].ack()
+            await queue.enqueue("second")
+            stopped = queue.stop_processing()
+            for _ in range(moments):
+                await anyio.lowlevel.checkpoint()
+            began = anyio.current_time()
+            (message,) = await outcome(queue.receive(1))
+            assert (message.payload, anyio.current_time() - began < 5) == ("second", True)
+            await message.ack()
+            await stopped
+
+
+@pytest.mark.parametrize("running", [False, True])
+@virtual
+async def test_started_at_any_moment_of_a_stop(running: bool) -> None:
+    """A worker that is stopped and started again handles messages, whenever it is started."""
+    for moments in range(60):
+        bed = Bed()
+        handled: list[str] = []
+
+        async def handle(payload: str, handled: list[str] = handled) -> None:
+            await anyio.sleep(3 if payload == "slow" else 0)
+            handled.append(payload)
+
+        async with bed.queue() as queue:
+            await queue.start_processing(handle)
+            if running:
+                await queue.enqueue("slow")
+                await anyio.sleep(1)
+            stopped = queue.stop_processing()
+            for _ in range(moments):
+                await anyio.lowlevel.checkpoint()
+            await outcome(queue.start_processing())
+            await outcome(stopped)
+            await queue.enqueue("after it")
+            await eventually(partial(_contains, handled, "after it"))
+            assert running == ("slow" in handled)
+
+
+@virtual
+async def test_stopped_while_nobody_can_register() -> None:
+    """Who waits for the start goes on."""
+    bed = Bed()
+    async with bed.queue() as queue:
+        away = bed.faults.unavailable("put", key="plugin/workers/*")
+        started = queue.start_processing(_handle)
+        await anyio.sleep(3)
+        stopped = queue.stop_processing()
+        await outcome(started)
+        await outcome(stopped)
+        bed.faults.remove(away)
+
+
+@virtual
+async def test_a_handler_begins_while_dead_letters_are_redriven() -> None:
+    """It goes on after that, and so does a second redrive that began during the first."""
+    for moments in range(0, 200, 5):
+        bed = Bed()
+        await _let_die(bed, 2)
+        handled: list[Any] = []
+        counts: list[int] = []
+        async with bed.queue() as queue, anyio.create_task_group() as group:
+
+            async def redrive(queue: S3Queue[Any] = queue, counts: list[int] = counts) -> None:
+                counts.append(await outcome(queue.dead_letters.redrive()))
+
+            group.start_soon(redrive)
+            for _ in range(moments // 2):
+                await anyio.lowlevel.checkpoint()
+            group.start_soon(redrive)
+            for _ in range(moments // 2):
+                await anyio.lowlevel.checkpoint()
+            queue.handler(_appending(handled))
+            await eventually(partial(_contains, handled, 0))
+            await eventually(partial(_contains, handled, 1))
+        assert sum(counts) == 2
+
+
+@virtual
+async def test_redrives_beside_each_other_leave_no_worker() -> None:
+    """The worker that was begun for them ends with the last of them."""
+    bed = Bed()
+    await _let_die(bed, 2)
+    async with bed.queue() as queue:
+        async with anyio.create_task_group() as group:
+            group.start_soon(queue.dead_letters.redrive)
+            group.start_soon(queue.dead_letters.redrive)
+        assert await queue.workers() == []
+        assert (await queue.stats(exact=True)).pending == 2
+
+
+def _appending(handled: list[Any]) -> Callable[[Any], Awaitable[None]]:
+    async def handle(payload: Any) -> None:
+        handled.append(payload)
+
+    return handle
+
+
+async def _contains(handled: list[Any], payload: Any) -> bool:
+    return payload in handled
 
 
 async def _handle(payload: Any) -> None:
