@@ -163,6 +163,46 @@ async def test_drained_while_nobody_can_register() -> None:
         assert isinstance(outcomes[0], QueueClosed)
 
 
+# -- one look --------------------------------------------------------------------------------------------------------
+
+
+def _look(queue: S3Queue[Any], how: str) -> Awaitable[Any]:
+    return queue.receive(1, wait=0) if how == "receive" else queue.process_next()
+
+
+@pytest.mark.parametrize("how", ["receive", "process_next"])
+@virtual
+async def test_the_lease_is_lost_during_a_look(how: str) -> None:
+    """The store is out of reach: a call that is to look once returns when the lease is lost."""
+    bed = Bed()
+    lane, faults = bed.lane()
+    async with bed.queue(storage=lane, auto_start=False, on_message=_handle) as queue:
+        await _look(queue, how)
+        gate = faults.hold("list", "put", times=None)
+        assert await outcome(_look(queue, how)) in ([], False)
+        gate.open()
+
+
+@pytest.mark.parametrize("how", ["receive", "process_next"])
+@virtual
+async def test_drained_at_any_moment_of_a_look(how: str) -> None:
+    """It returns, having found nothing, or raises QueueClosed."""
+    for moments in range(40):
+        bed = Bed()
+        outcomes: list[Any] = []
+
+        async def look(queue: S3Queue[Any], outcomes: list[Any] = outcomes) -> None:
+            outcomes.append(await outcome(_look(queue, how)))
+
+        async with bed.queue(auto_start=False, on_message=_handle) as queue, anyio.create_task_group() as group:
+            await _look(queue, how)
+            group.start_soon(look, queue)
+            for _ in range(moments):
+                await anyio.lowlevel.checkpoint()
+            await queue.drain()
+        assert outcomes[0] in ([], False) or isinstance(outcomes[0], QueueClosed)
+
+
 # -- stopping and starting -------------------------------------------------------------------------------------------
 
 
