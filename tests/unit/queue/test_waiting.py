@@ -75,6 +75,44 @@ async def test_the_program_is_cancelled_while_another_task_acknowledges() -> Non
     assert [type(error) for error in outcomes] == [LeaseLost, LeaseLost]
 
 
+# -- enqueueing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cancelled", [{0}, {1}, {0, 1}, {0, 1, 2}])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+@virtual
+async def test_one_of_several_that_enqueue_the_same_is_cancelled(cancelled: set[int], beside: bool) -> None:
+    """Three callers share a message by its deduplication id: it goes as long as one of them waits for it."""
+    bed = Bed()
+    ids: dict[int | str, str] = {}
+    async with bed.queue() as queue:
+        gate = bed.faults.hold("put", key="ready/*", times=1)
+        scopes = [anyio.CancelScope() for _ in range(3)]
+
+        async def enqueue(payload: str) -> None:
+            ids[payload] = await queue.enqueue(payload)
+
+        async def enqueue_once(number: int) -> None:
+            with scopes[number]:
+                ids[number] = await outcome(queue.enqueue("shared", dedup_id="shared"))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(enqueue, "first")
+            await gate.reached.wait()
+            for number in range(3):
+                group.start_soon(enqueue_once, number)
+            if beside:
+                group.start_soon(enqueue, "beside")
+            await anyio.sleep(0.1)
+            for number in cancelled:
+                scopes[number].cancel()
+            await anyio.sleep(0.1)
+            gate.open()
+        shared = {ids.pop(number) for number in range(3) if number not in cancelled}
+        assert len(shared) == (0 if len(cancelled) == 3 else 1)
+        assert sorted(await bed.live()) == sorted({*ids.values(), *shared})
+
+
 # -- dead letters ----------------------------------------------------------------------------------------------------
 
 
