@@ -229,6 +229,7 @@ class Producer:
                     batch.error = QueueClosed("The queue was closed before the message was written.")
                     self._forget(batch.entries, len(batch.entries))
                     batch.done.set()
+            lane.room.set()
         self._lanes.clear()
 
     @property

@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from s3queue_async import DeadLetter, Message, S3Queue, Settings
-from s3queue_async.errors import LeaseLost, QueueClosed, QueueError
+from s3queue_async.errors import LeaseLost, QueueClosed, QueueError, StoreUnavailable
 from tests.unit.queue.bed import Bed, eventually, virtual
 
 SETTINGS = Settings(coordinator=False)
@@ -111,6 +111,39 @@ async def test_one_of_several_that_enqueue_the_same_is_cancelled(cancelled: set[
         shared = {ids.pop(number) for number in range(3) if number not in cancelled}
         assert len(shared) == (0 if len(cancelled) == 3 else 1)
         assert sorted(await bed.live()) == sorted({*ids.values(), *shared})
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@virtual
+async def test_the_program_is_cancelled_while_enqueues_wait_for_room(bulk: bool) -> None:
+    """The store hangs, so many wait to be written: when the queue goes without a drain, each of them is told."""
+    bed = Bed()
+    opened: list[S3Queue[Any]] = []
+    outcomes: list[Any] = []
+
+    async def program() -> None:
+        async with bed.queue(settings=Settings(coordinator=False, segment_messages_max=1)) as queue:
+            opened.append(queue)
+            await anyio.sleep_forever()
+
+    async def enqueue(number: int) -> None:
+        call = opened[0].enqueue_many([number]) if bulk else opened[0].enqueue(number)
+        outcomes.append(await outcome(call))
+
+    holder = asyncio.create_task(program())
+    await eventually(lambda: _is(bool(opened)))
+    gate = bed.faults.hold("put", key="ready/*", times=None)
+    async with anyio.create_task_group() as group:
+        for number in range(60):
+            group.start_soon(enqueue, number)
+        await anyio.sleep(1)
+        holder.cancel()
+        await anyio.sleep(1)
+        holder.cancel()
+        await asyncio.wait({holder})
+    gate.open()
+    assert {type(error) for error in outcomes} <= {QueueClosed, StoreUnavailable}
+    assert len(outcomes) == 60
 
 
 # -- dead letters ----------------------------------------------------------------------------------------------------
