@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from s3queue_async import DeadLetter, Message, S3Queue, Settings
 from s3queue_async.errors import LeaseLost, QueueClosed, QueueError, StoreUnavailable
+from s3queue_async.events import Event
 from tests.unit.queue.bed import Bed, eventually, virtual
 
 SETTINGS = Settings(coordinator=False)
@@ -144,6 +145,23 @@ async def test_the_program_is_cancelled_while_enqueues_wait_for_room(bulk: bool)
     gate.open()
     assert {type(error) for error in outcomes} <= {QueueClosed, StoreUnavailable}
     assert len(outcomes) == 60
+
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_events_of_a_closed_queue() -> None:
+    """Who begins to read them once the queue is closed reads none."""
+    bed = Bed()
+    async with bed.queue() as queue:
+        events = queue.events()
+    assert await outcome(_all_of(events)) == []
+    assert await outcome(_all_of(queue.events())) == []
+
+
+async def _all_of(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
 
 
 # -- dead letters ----------------------------------------------------------------------------------------------------
