@@ -798,6 +798,8 @@ class S3Queue(Generic[PayloadT]):
         return _Stopped(finished, session.handed_back - handed_back_before, cancelled, clean)
 
     def _cancel_running(self) -> int:
+        if self._session is not None:
+            self._session.start_no_more()
         count = 0 if self._worker is None else self._worker.stop_running()
         return count + (0 if self._receiver is None else self._receiver.stop())
 

@@ -148,6 +148,7 @@ class Session:
         self._starters: list[Callable[[Session, TaskGroup], None]] = []
         self._may_leave = True
         self._draining = False
+        self._starts_no_more = False
         self.handed_back = 0
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -336,8 +337,13 @@ class Session:
         """The next message to start, now counted as running; None when none may start."""
         return self.feed.take() if self.lease.trusted else None
 
+    def start_no_more(self) -> None:
+        """What runs is being cancelled: what is only about to start must not."""
+        self._starts_no_more = True
+
     async def started_alone(self, held: Held, index: int) -> bool:
-        """Record that a taken message runs alone now; False when its segment was lost over that."""
+        """Record that a taken message runs alone now; False when it is not to be started after all."""
+        attempts = held.attempts(index)
         try:
             await self.settler.record_start(held, index)
         except QueueError as error:
@@ -356,6 +362,11 @@ class Session:
             # This process stood still over the record's reply: another worker may run the message by now.
             self.feed.done(held)
             self.settler.lose(held, self.lease.lost or NOT_RENEWED)
+            self.slot_free()
+            return False
+        if self._starts_no_more:
+            self.feed.done(held)
+            self.released(held, index, attempts=attempts)
             self.slot_free()
             return False
         return True
