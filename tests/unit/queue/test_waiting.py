@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from s3queue_async import DeadLetter, Message, S3Queue, Settings
+from s3queue_async import DeadLetter, Message, Retry, S3Queue, Settings
 from s3queue_async.errors import LeaseLost, QueueClosed, QueueError, StoreUnavailable
 from s3queue_async.events import Event
 from tests.unit.queue.bed import Bed, eventually, virtual
@@ -290,6 +290,32 @@ async def test_drained_at_any_moment_of_a_look(how: str) -> None:
                 await anyio.lowlevel.checkpoint()
             await queue.drain()
         assert outcomes[0] in ([], False) or isinstance(outcomes[0], QueueClosed)
+
+
+@pytest.mark.parametrize("how", ["delay", "retry"])
+@virtual
+async def test_delayed_while_the_delayed_are_listed(how: str) -> None:
+    """A message that the listing under way does not show is handled when it is due."""
+    bed = Bed()
+    handled: list[float] = []
+
+    async def handle(payload: str) -> None:
+        if how == "retry" and not handled:
+            handled.append(0.0)
+            raise Retry(delay=2)
+        handled.append(anyio.current_time())
+
+    settings = Settings(coordinator=False, max_poll_interval=60)
+    async with bed.queue(settings=settings, on_message=handle) as queue:
+        await anyio.sleep(200)
+        gate = bed.faults.hold_reply("list", key="delayed/*")
+        await gate.reached.wait()
+        enqueued_at = anyio.current_time()
+        await queue.enqueue("x", delay=2 if how == "delay" else None)
+        await eventually(lambda: _is(how == "delay" or any(key.startswith("delayed/") for key in bed.bodies())))
+        gate.open()
+        await eventually(lambda: _is(bool(handled) and handled[-1] > 0))
+        assert 2 <= handled[-1] - enqueued_at < 4
 
 
 # -- stopping and starting -------------------------------------------------------------------------------------------
