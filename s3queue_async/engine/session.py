@@ -188,11 +188,14 @@ class Session:
                         self._working = working
                         for start in self._starters:
                             start(self, working)
-                        await self._over.wait()
+                        try:
+                            await self._over.wait()
+                        finally:
+                            # What is started in a group that is ending may never be cancelled.
+                            self._working = None
                         working.cancel_scope.cancel()
                     beating.cancel_scope.cancel()
         finally:
-            self._working = None
             with anyio.CancelScope(shield=True):
                 await self._farewell()
 

@@ -13,7 +13,7 @@ import pytest
 
 from s3queue_async import DeadLetter, Message, Retry, S3Queue, Settings
 from s3queue_async.errors import LeaseLost, QueueClosed, QueueError, StoreUnavailable
-from s3queue_async.events import Event
+from s3queue_async.events import Event, LeaseLostEvent
 from tests.unit.queue.bed import Bed, eventually, virtual
 
 SETTINGS = Settings(coordinator=False)
@@ -368,6 +368,28 @@ async def test_started_at_any_moment_of_a_stop(running: bool) -> None:
 
 
 @virtual
+async def test_a_handler_begins_at_any_moment_of_the_loss_of_the_lease() -> None:
+    """It runs under the next lease."""
+    for moments in range(30):
+        bed = Bed()
+        lost = anyio.Event()
+        handled: list[Any] = []
+        async with bed.queue(
+            settings=Settings(coordinator=False, visibility_timeout=3, heartbeat_interval=0.9)
+        ) as queue:
+            await queue.receive(1, wait=0)
+            queue.on(LeaseLostEvent.name, partial(_set, lost))
+            away = bed.faults.unavailable("put", key="plugin/workers/*")
+            await lost.wait()
+            bed.faults.remove(away)
+            for _ in range(moments):
+                await anyio.lowlevel.checkpoint()
+            queue.handler(_appending(handled))
+            await queue.enqueue("x")
+            await eventually(partial(_contains, handled, "x"))
+
+
+@virtual
 async def test_stopped_while_nobody_can_register() -> None:
     """Who waits for the start goes on."""
     bed = Bed()
@@ -417,6 +439,10 @@ async def test_redrives_beside_each_other_leave_no_worker() -> None:
             group.start_soon(queue.dead_letters.redrive)
         assert await queue.workers() == []
         assert (await queue.stats(exact=True)).pending == 2
+
+
+def _set(event: anyio.Event, _: Any) -> None:
+    event.set()
 
 
 def _appending(handled: list[Any]) -> Callable[[Any], Awaitable[None]]:
