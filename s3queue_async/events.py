@@ -371,6 +371,8 @@ class EventBus:
 
     async def subscribe(self) -> AsyncIterator[Event]:
         """Every event from now on, until the queue is closed."""
+        if self._closed:
+            return
         subscription = Subscription(self)
         self._subscriptions.append(subscription)
         self._update()

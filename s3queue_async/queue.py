@@ -221,8 +221,8 @@ class S3Queue(Generic[PayloadT]):
         self._session: Session | None = None
         self._receiver: Receiver | None = None
         self._serving: anyio.Event | None = None
-        self._stop_serving = False
-        self._processing = False
+        self._visitors = 0
+        self._stop_serving = self._serve_again = self._stays = self._processing = False
         self._stack: AsyncExitStack | None = None
         self._group: TaskGroup | None = None
         self._draining = False
@@ -620,10 +620,11 @@ class S3Queue(Generic[PayloadT]):
         """
         group = self._require_open()
         done = anyio.Event()
+        stopping = self._begin_to_stop()
 
         async def stop() -> None:
             try:
-                await self._stop(self.settings.drain_timeout)
+                await self._end_of(stopping, self.settings.drain_timeout)
             finally:
                 done.set()
 
@@ -651,6 +652,8 @@ class S3Queue(Generic[PayloadT]):
         """
         wait_s = checked_receive(max_messages, wait)
         ack_within_s = self.settings.visibility_timeout if ack_within is None else checked_ack_within(ack_within)
+        self._require_open()
+        self._stays = True
         receiver = await self._receiving()
         return await receiver.receive(max_messages, wait_s, ack_within_s)
 
@@ -668,6 +671,7 @@ class S3Queue(Generic[PayloadT]):
         self._require_open()
         if self._worker is None:
             raise InvalidSettings("There is no handler.", suggestion="Register one with @queue.handler().")
+        self._stays = True
         await self._receiving()
         session = self._session
         if session is None:
@@ -686,30 +690,34 @@ class S3Queue(Generic[PayloadT]):
         return make_handler(function, self._decode, self._tracing, self._middleware, self._shared)
 
     async def _receiving(self) -> Receiver:
-        self._require_open()
         self._serve()
-        while self._session is None or self._session.is_over or self._receiver is None:
+        while self._stop_serving or self._session is None or self._session.is_over or self._receiver is None:
             await self._until_registered()
-            self._require_open()
+            self._serve()
         return self._receiver
 
     async def _until_registered(self) -> None:
-        while self._session is None or self._session.is_over:
+        """Return once a worker is registered, or nobody wants one any more."""
+        while self._serving is not None:
+            session = self._session
+            # One that cannot register is followed by another.
+            if not self._stop_serving and session is not None and not session.is_over and await session.registered():
+                return
             self._require_open()
             await self._clock.sleep(0.01)
-        await self._session.registered()
 
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[Session]:
-        """A session for work that is no handler's; one made for it alone ends with it."""
+        """A session for work that is no handler's; one made for such work alone ends with the last of it."""
         self._require_open()
-        alone = self._serving is None
-        await self._receiving()
-        assert self._session is not None
+        self._visitors += 1
         try:
+            await self._receiving()
+            assert self._session is not None
             yield self._session
         finally:
-            if alone and not self._draining:
+            self._visitors -= 1
+            if not self._visitors and not self._stays and not self._draining:
                 with anyio.CancelScope(shield=True):
                     await self._stop(self.settings.drain_timeout)
 
@@ -720,16 +728,19 @@ class S3Queue(Generic[PayloadT]):
             self._stop_serving = False
             self._serving = anyio.Event()
             group.start_soon(self._run_sessions, self._serving)
+        elif self._stop_serving:
+            self._serve_again = True
 
     def _process(self) -> None:
         """Have the registered handler run, in the session that is there or the one that is begun for it."""
         assert self._worker is not None
         if self._processing:
             return
-        self._processing = True
+        self._processing = self._stays = True
         self._scheduler.wake()
         self._serve()
-        if self._session is not None:
+        # One that is being stopped is followed by another, which begins with the handler.
+        if self._session is not None and not self._stop_serving:
             self._session.start_worker(self._worker.concurrency, self._worker.start)
 
     async def _run_sessions(self, over: anyio.Event) -> None:
@@ -755,13 +766,22 @@ class S3Queue(Generic[PayloadT]):
             self._receiver = None
             self._serving = None
             over.set()
+        if self._serve_again and not self._draining:
+            self._serve_again = False
+            self._serve()
 
     async def _stop(self, timeout_s: float) -> _Stopped:
         """End the session for good; what runs may go on for so long."""
-        over = self._serving
-        session = self._session
+        return await self._end_of(self._begin_to_stop(), timeout_s)
+
+    def _begin_to_stop(self) -> tuple[anyio.Event | None, Session | None]:
+        """Want no session any more; whoever wants one from now on gets the next. Returns what is to end."""
         self._stop_serving = True
-        self._processing = False
+        self._serve_again = self._stays = self._processing = False
+        return self._serving, self._session
+
+    async def _end_of(self, stopping: tuple[anyio.Event | None, Session | None], timeout_s: float) -> _Stopped:
+        over, session = stopping
         if over is None or session is None:
             return _Stopped()
         finished_before, handed_back_before = session.feed.finished, session.handed_back
@@ -778,6 +798,8 @@ class S3Queue(Generic[PayloadT]):
         return _Stopped(finished, session.handed_back - handed_back_before, cancelled, clean)
 
     def _cancel_running(self) -> int:
+        if self._session is not None:
+            self._session.start_no_more()
         count = 0 if self._worker is None else self._worker.stop_running()
         return count + (0 if self._receiver is None else self._receiver.stop())
 

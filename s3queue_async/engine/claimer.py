@@ -143,10 +143,15 @@ class Claimer:
 
     async def stop(self) -> None:
         """Claim no more; returns when no claim is under way."""
-        self._stopped = True
+        self._end_looks()
         self.poke()
         while self.claiming:
             await self._quiet.wait()
+
+    def _end_looks(self) -> None:
+        self._stopped = True
+        # Who waits for a look would wait in vain.
+        self._quiet.set()
 
     async def poll_once(self) -> None:
         """One look, and every claim that comes of it; for callers that do not wait for messages."""
@@ -170,25 +175,28 @@ class Claimer:
     async def run(self) -> None:
         """Claim until cancelled."""
         clock = self._shared.clock
-        async with anyio.create_task_group() as self._group:
-            while True:
-                self.last_progress = clock.monotonic()
-                if self._stopped or not self._wants():
-                    await self._wait(1.0)
-                    continue
-                if self._start_next(self._group):
-                    continue
-                wait_s = self._finder.wait_s(clock.monotonic())
-                if wait_s > 0:
-                    await self._wait(wait_s)
-                    continue
-                try:
-                    self._candidates = await self._finder.find()
-                    self._candidates.reverse()
-                    self._looked_at = clock.monotonic()
-                except (StoreUnavailable, Throttled) as error:
-                    self._finder.failed(error)
-                self._quiet.set()
+        try:
+            async with anyio.create_task_group() as self._group:
+                while True:
+                    self.last_progress = clock.monotonic()
+                    if self._stopped or not self._wants():
+                        await self._wait(1.0)
+                        continue
+                    if self._start_next(self._group):
+                        continue
+                    wait_s = self._finder.wait_s(clock.monotonic())
+                    if wait_s > 0:
+                        await self._wait(wait_s)
+                        continue
+                    try:
+                        self._candidates = await self._finder.find()
+                        self._candidates.reverse()
+                        self._looked_at = clock.monotonic()
+                    except (StoreUnavailable, Throttled) as error:
+                        self._finder.failed(error)
+                    self._quiet.set()
+        finally:
+            self._end_looks()
 
     # -- looking -------------------------------------------------------------------------------------------------
 

@@ -401,8 +401,11 @@ class Finder:
         now = self._shared.clock.monotonic()
         if now < self._next_delayed and self._due_in_s() > 0:
             return [], False
+        # What is written here meanwhile may not be on the page.
+        self._due_ms = None
         page = await self._scanner.due(limit=self._limit)
-        self._due_ms = page.next_due_ms
+        if page.next_due_ms is not None:
+            self.notice_due(page.next_due_ms)
         found, busy = await self._usable(page.keys)
         self._next_delayed = 0.0 if found and page.more else now + DELAYED_EVERY_S
         return found, busy

@@ -48,7 +48,7 @@ class Options(msgspec.Struct, frozen=True, gc=False):
 
 # Without gc: none of these can be part of a cycle, and hundreds of thousands of them would keep the collector busy.
 class Entry(msgspec.Struct, gc=False, eq=False):
-    """A message on its way into a segment."""
+    """A message on its way into a segment; ``sharers``: other callers that enqueue it, too, by its deduplication id."""
 
     payload: bytes
     codec: int
@@ -56,6 +56,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     dedup_id: str | None = None
     id: str = ""
     reservation: Reservation | None = None
+    sharers: int = 0
 
 
 class Batch:
@@ -239,6 +240,7 @@ class Producer:
                     batch.error = QueueClosed("The queue was closed before the message was written.")
                     self._forget(batch.entries, len(batch.entries))
                     batch.done.set()
+            lane.room.set()
         self._lanes.clear()
 
     @property
@@ -268,7 +270,6 @@ class Producer:
         A caller that is cancelled before its batch is sent takes the message out of it; later, the outcome is
         awaited before the cancellation goes on.
         """
-        own = entry
         entry, batch = await self.add(entry, priority, due_ms)
         try:
             await batch.done.wait()
@@ -276,7 +277,9 @@ class Producer:
             if batch.sent:
                 with anyio.CancelScope(shield=True):
                     await batch.done.wait()
-            elif entry is own:
+            elif entry.sharers:
+                entry.sharers -= 1
+            else:
                 self._take_out(entry, batch)
             raise
         if batch.error is not None:
@@ -296,6 +299,7 @@ class Producer:
         if entry.dedup_id is not None:
             known = self._by_dedup_id.get(entry.dedup_id)
             if known is not None:
+                known[0].sharers += 1
                 return known
         settings = self._shared.settings
         size = len(entry.payload) + RECORD_OVERHEAD_BYTES

@@ -24,7 +24,7 @@ from s3queue_async.engine.registry import FENCED, NOT_RENEWED, Counters, Lease, 
 from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
-from s3queue_async.errors import QueueError, StoreUnavailable, Throttled, Unreadable
+from s3queue_async.errors import LeaseLost, QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.events import (
     LeaseLostEvent,
     MessageClaimed,
@@ -52,6 +52,7 @@ SPLIT_EARLY_PART = 0.25
 ENDED_MAX = 20_000
 KNOWN_LINGERS = 3
 FAREWELL_S = 5.0
+OVER = "its session is over"
 
 
 class Tally:
@@ -140,13 +141,14 @@ class Session:
         self._rate_done = 0
         self._changed = Wakeup()
         self._delivered = Wakeup()
-        self._registered = anyio.Event()
+        self._decided = anyio.Event()
         self._over = anyio.Event()
         self._scope = anyio.CancelScope()
         self._working: TaskGroup | None = None
         self._starters: list[Callable[[Session, TaskGroup], None]] = []
         self._may_leave = True
         self._draining = False
+        self._starts_no_more = False
         self.handed_back = 0
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -163,8 +165,9 @@ class Session:
         except BaseException:
             self.lease.lose("not registered")
             self._notify()
+            self._decided.set()
             raise
-        self._registered.set()
+        self._decided.set()
         log.info("worker started", worker=self.worker_id, capacity=self.capacity)
         self.shared.bus.emit(WorkerStarted(worker_id=self.worker_id, capacity=self.capacity))
         try:
@@ -185,11 +188,14 @@ class Session:
                         self._working = working
                         for start in self._starters:
                             start(self, working)
-                        await self._over.wait()
+                        try:
+                            await self._over.wait()
+                        finally:
+                            # What is started in a group that is ending may never be cancelled.
+                            self._working = None
                         working.cancel_scope.cancel()
                     beating.cancel_scope.cancel()
         finally:
-            self._working = None
             with anyio.CancelScope(shield=True):
                 await self._farewell()
 
@@ -225,6 +231,11 @@ class Session:
         self._scope.cancel()
 
     async def _farewell(self) -> None:
+        for held in self.held.values():
+            held.lose(self.lease.lost or OVER)
+            # Who waits for what the settler was recording as it was cancelled is not woken by the loss, which may have
+            # come before.
+            held.notify_waiters()
         reason = self.lease.lost
         if reason is None and self.held:
             # Cancelled with messages in hand: nobody runs them here any more, so others need not wait for the lease.
@@ -287,9 +298,10 @@ class Session:
     def is_over(self) -> bool:
         return self.lease.lost is not None
 
-    async def registered(self) -> None:
-        """Return once the worker is registered."""
-        await self._registered.wait()
+    async def registered(self) -> bool:
+        """Return once the worker is registered; False when it is not, or not any more."""
+        await self._decided.wait()
+        return not self.is_over
 
     # -- demand --------------------------------------------------------------------------------------------------
 
@@ -328,8 +340,13 @@ class Session:
         """The next message to start, now counted as running; None when none may start."""
         return self.feed.take() if self.lease.trusted else None
 
+    def start_no_more(self) -> None:
+        """What runs is being cancelled: what is only about to start must not."""
+        self._starts_no_more = True
+
     async def started_alone(self, held: Held, index: int) -> bool:
-        """Record that a taken message runs alone now; False when its segment was lost over that."""
+        """Record that a taken message runs alone now; False when it is not to be started after all."""
+        attempts = held.attempts(index)
         try:
             await self.settler.record_start(held, index)
         except QueueError as error:
@@ -348,6 +365,11 @@ class Session:
             # This process stood still over the record's reply: another worker may run the message by now.
             self.feed.done(held)
             self.settler.lose(held, self.lease.lost or NOT_RENEWED)
+            self.slot_free()
+            return False
+        if self._starts_no_more:
+            self.feed.done(held)
+            self.released(held, index, attempts=attempts)
             self.slot_free()
             return False
         return True
@@ -493,11 +515,19 @@ class Session:
 
         Raises:
             Unreadable: This process lacks what it takes to read it.
+            LeaseLost: The session is over: nobody would settle what it claims.
         """
+        self._require_settler()
         held = await self.claimer.claim_one(key)
         if held is not None:
+            self._require_settler()
             self._hold(held)
         return held
+
+    def _require_settler(self) -> None:
+        self.lease.check()
+        if self._working is None:
+            raise LeaseLost(f"Worker {self.worker_id} has left: {OVER}.")
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import StoreUnavailable
 from s3queue_async.scheduling.timetable import FORMAT_VERSION, KEY, NAMESPACE, Definition, Timetable, decode, encode
-from s3queue_async.storage.base import IfAbsent, IfVersion, NotFound, Stored, Superseded
+from s3queue_async.storage.base import IfAbsent, IfVersion, NotFound, Stored, Superseded, Unmodified
 from s3queue_async.storage.plugin import PluginStorage, plugin_prefix
 
 SWAP_TRIES_MAX = 32
@@ -47,15 +47,22 @@ class TimetableStore:
         return self.schedules
 
     async def _read(self) -> None:
-        asked_at = self._shared.clock.monotonic()
-        try:
-            found = await self._plugin.get(KEY, unless=self._version)
-        except NotFound:
+        while True:
+            asked_at = self._shared.clock.monotonic()
+            before = self._version
+            found: Stored | Unmodified | None
+            try:
+                found = await self._plugin.get(KEY, unless=before)
+            except NotFound:
+                found = None
+            # Otherwise this process wrote it meanwhile, or saw it change: the reply may be older.
+            if self._version == before:
+                break
+        if found is None:
             self._take_in(_EMPTY, None)
-        else:
-            if isinstance(found, Stored):
-                body = self._shared.packer.unpack_history(_WHOLE_KEY, found.body)
-                self._take_in(decode(_WHOLE_KEY, body), found.version)
+        elif isinstance(found, Stored):
+            body = self._shared.packer.unpack_history(_WHOLE_KEY, found.body)
+            self._take_in(decode(_WHOLE_KEY, body), found.version)
         self.looked_at = asked_at
 
     def _take_in(self, timetable: Timetable, version: str | None) -> None:

@@ -353,6 +353,49 @@ def test_a_recorded_start_is_cancelled(applied: bool, how: str) -> None:
     virtual(main)()
 
 
+@pytest.mark.parametrize("how", ["handler", "receive"])
+def test_the_time_of_a_drain_is_over_while_a_start_is_recorded(how: str) -> None:
+    """It is not started any more, so that nobody waits for its end; the attempt does not count."""
+
+    async def main() -> None:
+        bed = Bed()
+        await leave_a_suspect(bed)
+        handled: list[Any] = []
+        received: list[Any] = []
+
+        async def handle(payload: str) -> None:
+            handled.append(payload)
+            await anyio.sleep(3600)
+
+        async with bed.queue(settings=SETTINGS) as queue, anyio.create_task_group() as group:
+            gate = bed.faults.hold("put", key="claims/*", skip=1)
+
+            async def receive() -> None:
+                received.extend(await queue.receive(wait=60, ack_within=3600))
+
+            if how == "handler":
+                queue.handler(handle)
+            else:
+                group.start_soon(receive)
+            await gate.reached.wait()
+
+            async def open_late() -> None:
+                await anyio.sleep(0.5)
+                gate.open()
+
+            group.start_soon(open_late)
+            report = await queue.drain(timeout=0.2)
+            assert report.elapsed < 5
+            assert (report.clean, report.handed_back) == (True, 1)
+        assert handled == received == []
+        async with bed.queue(settings=SETTINGS) as queue:
+            (message,) = await queue.receive(wait=60)
+            assert message.context.attempt == 1
+            await message.ack()
+
+    virtual(main)()
+
+
 async def _all_gone(queue: S3Queue[Any]) -> bool:
     stats = await queue.stats(exact=True)
     return stats.pending + stats.processing + stats.delayed == 0

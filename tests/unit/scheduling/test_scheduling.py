@@ -410,6 +410,19 @@ async def test_without_a_name() -> None:
 
 
 @virtual
+async def test_scheduled_while_the_schedules_are_looked_at() -> None:
+    """A look whose reply comes late does not undo what this process wrote meanwhile: the first tick is enqueued in time."""
+    place = Place()
+    async with place.scheduler() as queue:
+        gate = place.faults.hold_reply("get", key=TIMETABLE)
+        await gate.reached.wait()
+        await queue.schedule(every=1, payload="tick")
+        gate.open()
+        await anyio.sleep(3)
+        assert (await queue.stats()).pending >= 2
+
+
+@virtual
 async def test_noticed_within_a_minute() -> None:
     """A schedule made elsewhere is run by a process that knew nothing of it; removed, it is run no more."""
     place = Place()
