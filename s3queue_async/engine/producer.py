@@ -291,16 +291,16 @@ class Producer:
 
         A message with the same deduplication id that is on its way is returned instead.
         """
-        lane = self._lane(priority, due_ms)
-        while len(lane.full) >= LANE_BACKLOG_MAX:
-            await lane.room.wait()
-            lane = self._lane(priority, due_ms)
-        group = self._require_open()
-        if entry.dedup_id is not None:
-            known = self._by_dedup_id.get(entry.dedup_id)
+        while True:
+            group = self._require_open()
+            known = None if entry.dedup_id is None else self._by_dedup_id.get(entry.dedup_id)
             if known is not None:
                 known[0].sharers += 1
                 return known
+            lane = self._lane(priority, due_ms)
+            if len(lane.full) < LANE_BACKLOG_MAX:
+                break
+            await lane.room.wait()
         settings = self._shared.settings
         size = len(entry.payload) + RECORD_OVERHEAD_BYTES
         batch = lane.open
