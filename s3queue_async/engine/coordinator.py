@@ -50,8 +50,10 @@ RATE_FADES_S = 1.0
 TAKEN_AHEAD_MAX = 4
 """A worker gets tickets ahead for what it took in the last second, at most so many times what it handles at a time."""
 FINISHED_AHEAD_LOOKS = 2.0
-"""One that finishes more than that in a second gets tickets for what it finishes in so many looks, or in a second."""
-AHEAD_MAX = 4096
+FINISHED_AHEAD_S = 3.0
+"""One that finishes more than that in a second gets tickets for what it finishes in so many looks, or so long: more than
+it needs, so that it gets up to speed in a few looks."""
+AHEAD_MAX = 8192
 """Messages of tickets that a worker gets ahead, at most."""
 LISTED_MIN = 64
 """Segments that are listed at least, beside those that are held."""
@@ -407,7 +409,7 @@ class Coordinator:
             holder = self._holders.get(key.name)
             if holder:
                 in_hand[holder] = in_hand.get(holder, 0) + key.count
-        looks_s = max(1.0, FINISHED_AHEAD_LOOKS * (self._pace.interval_s + self._poll_s))
+        looks_s = max(FINISHED_AHEAD_S, FINISHED_AHEAD_LOOKS * (self._pace.interval_s + self._poll_s))
         rooms: dict[str, int] = {}
         for worker in {*self._workers, self._worker_id}:
             capacity = self._capacity() if worker == self._worker_id else self._workers[worker].heartbeat.capacity

@@ -43,6 +43,8 @@ from s3queue_async.wakeup import Wakeup
 TICK_S = 0.1
 LINGER_SWEEP_S = 2.0
 RATE_WINDOW_S = 0.2
+RATE_SAMPLE = 512
+"""So many messages tell the rate in less time, and without those before: a fast worker is to get up to speed at once."""
 PREFETCH_ROUNDS = 2.0
 """Messages are fetched ahead for this many times as long as a claim takes."""
 PREFETCH_MAX = 4096
@@ -311,9 +313,10 @@ class Session:
             return 0
         now = self.shared.clock.monotonic()
         since_s = now - self._rate_at
-        if since_s >= RATE_WINDOW_S:
-            rate = (self.feed.finished - self._rate_done) / since_s
-            self._rate = rate if self._rate == 0.0 else (self._rate + rate) / 2
+        done = self.feed.finished - self._rate_done
+        if since_s >= RATE_WINDOW_S or (done >= RATE_SAMPLE and since_s > 0):
+            rate = done / since_s
+            self._rate = rate if self._rate == 0.0 or done >= RATE_SAMPLE else (self._rate + rate) / 2
             self._rate_at, self._rate_done = now, self.feed.finished
         ahead = min(PREFETCH_MAX, int(self._rate * self.claimer.fetch_s * PREFETCH_ROUNDS))
         wanted = self.feed.idle + self.wanted_by_receivers + ahead
