@@ -202,6 +202,15 @@ async def idle(bench: Bench, minutes: int) -> None:
 
 async def cluster(bench: Bench, messages: int) -> None:
     """Single messages from one process at an even rate, for workers that have a coordinator."""
+    await _from_elsewhere(bench, messages, workers=CLUSTER_WORKERS, arrivals_per_s=CLUSTER_ARRIVALS_PER_S)
+
+
+async def trickle(bench: Bench, messages: int) -> None:
+    """A message a second from another process, for a worker that coordinates nobody but itself."""
+    await _from_elsewhere(bench, messages, workers=1, arrivals_per_s=1.0)
+
+
+async def _from_elsewhere(bench: Bench, messages: int, *, workers: int, arrivals_per_s: float) -> None:
     finish = Finish(messages)
 
     async def handle(payload: dict[str, str]) -> None:
@@ -209,14 +218,14 @@ async def cluster(bench: Bench, messages: int) -> None:
         finish.one()
 
     async with AsyncExitStack() as stack:
-        for _ in range(CLUSTER_WORKERS):
+        for _ in range(workers):
             await stack.enter_async_context(bench.queue(Settings(), on_message=handle))
         producer = await stack.enter_async_context(bench.queue(Settings()))
         await anyio.sleep(SETTLED_S)
         async with anyio.create_task_group() as group:
             for _ in range(messages):
                 group.start_soon(producer.enqueue, PAYLOAD)
-                await anyio.sleep(1 / CLUSTER_ARRIVALS_PER_S)
+                await anyio.sleep(1 / arrivals_per_s)
         await finish.wait()
 
 
@@ -251,6 +260,7 @@ WORKLOADS = {
     "one by one in one process": Workload(nothing_before, one_process, 500, 16),
     "retry once, 256 a segment": Workload(enqueue_burst, retry, 5_120, 256),
     "4 workers, a coordinator": Workload(nothing_before, cluster, 600, None),
+    "1 worker, a message a second": Workload(nothing_before, trickle, 120, None),
     "2 idle workers": Workload(nothing_before, idle, 60, None, unit="minute"),
 }
 

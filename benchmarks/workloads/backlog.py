@@ -13,7 +13,7 @@ from benchmarks.contenders.base import payloads
 from benchmarks.processes import workers
 from benchmarks.worker import Seen, Work
 from benchmarks.workloads.beside import PAID
-from benchmarks.workloads.common import Bench, Results, median
+from benchmarks.workloads.common import Bench, Results, median, neighbours
 from s3queue_async import S3Queue, Settings
 
 PER_SEGMENT = 50
@@ -59,6 +59,10 @@ async def backlog(bench: Bench) -> Results:
         "fill_rate": round(million / filled_s, 1),
         "sample": sample,
         "rows": rows,
+        "ratios": {
+            "enqueue": neighbours(enqueue["million"], enqueue["empty"]),
+            "process": neighbours(*([_rate(seen, sample) for seen in process[name]] for name in ("million", "empty"))),
+        },
         "requests": [*[await _small(bench, count) for count in SMALL], _of_window(million, rows[1])],
         "history": await _history(bench),
     }

@@ -73,6 +73,11 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
+def neighbours(rates: Sequence[float], beside: Sequence[float]) -> float:
+    """The median ratio of those that ran one after the other, which are the least disturbed."""
+    return round(median(rate / other for rate, other in zip(rates, beside, strict=True)), 3)
+
+
 def spread(values: Sequence[float]) -> Results:
     """Median and 99th percentile, in milliseconds."""
     return {

@@ -14,7 +14,7 @@ from benchmarks.contenders.ours import Ours
 from benchmarks.processes import workers
 from benchmarks.throughput import MESSAGES, exact
 from benchmarks.worker import Seen, Work
-from benchmarks.workloads.common import Bench, Results, added, median, per_million, rates, spread
+from benchmarks.workloads.common import Bench, Results, added, median, neighbours, per_million, rates, spread
 from s3queue_async import S3Queue
 from s3queue_async.storage.metered import OPERATIONS
 
@@ -195,6 +195,7 @@ async def processes(bench: Bench) -> Results:
             parts[number] = sorted(len(one.numbers) for one in seen)
     return {
         "messages": messages,
+        "ratio": neighbours(found[PROCESSES[-1]], found[PROCESSES[0]]),
         "rows": [
             {"processes": number, "rate": round(median(found[number]), 1), "handled_by_each": parts[number]}
             for number in PROCESSES

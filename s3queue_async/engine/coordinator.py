@@ -251,7 +251,7 @@ class Coordinator:
         self._tickets = {SegmentKey.parse(ticket.key).name: ticket for ticket in assignment.tickets}
         self.available = len(claimable)
         self._on_tickets(assignment.tickets)
-        await self._publish(assignment.tickets)
+        await self._publish(assignment.tickets, busy=self.busy)
         return bool(claimable) or had
 
     async def _lead_alone(self) -> bool:
@@ -263,22 +263,23 @@ class Coordinator:
         self.available = 0
         self.busy = self._is_at_work()
         self._on_tickets([])
-        await self._publish([])
+        # That it is busy concerns nobody else, and would have the board written twice for each message.
+        await self._publish([], busy=False)
         return False
 
-    async def _publish(self, tickets: list[Ticket]) -> None:
+    async def _publish(self, tickets: list[Ticket], *, busy: bool) -> None:
         """Write the board if it says anything new, as often as the store allows one key to be written."""
         election = self._election
         workers = {worker: peer.heartbeat.capacity for worker, peer in self._workers.items()}
         workers[self._worker_id] = self._capacity()
         poll_s = self._poll_s
-        content = tuple(tickets), tuple(sorted(workers)), poll_s, self.busy
+        content = tuple(tickets), tuple(sorted(workers)), poll_s, busy
         now = self._shared.clock.monotonic()
         if not election.renewal_is_due and (content == self._published or now < self._publish_at):
             return
         began = now
         try:
-            written = await election.publish(tickets, workers, poll_s=poll_s, busy=self.busy)
+            written = await election.publish(tickets, workers, poll_s=poll_s, busy=busy)
         finally:
             took_s = self._shared.clock.monotonic() - began
             if election.refused:
