@@ -4,6 +4,7 @@
     python -m benchmarks.cluster --quick    up to 100 workers, 1 s handlers
     python -m benchmarks.cluster --idle     a simulated day of ten idle workers, and what it costs
     python -m benchmarks.cluster --latency  an empty queue for 200 ms, then a message from another process
+    python -m benchmarks.cluster --show docs/scaling.json --plot docs/scaling.png    earlier runs
 
 The model: latencies of S3 Standard (first byte of a small object 30 ms, write 70 ms, listing 80 ms, log-normal), and
 3,500 writes and 5,500 reads a second for each prefix, beyond which it answers 503 SlowDown.
@@ -448,6 +449,9 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=24.0, help="of idleness")
     parser.add_argument("--only", choices=("coordinator", "direct"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--show", type=Path, nargs="+", help="simulate nothing, show what earlier runs wrote with --json"
+    )
     parser.add_argument("--plot", type=Path)
     chosen = parser.parse_args()
     console = Console(width=200)
@@ -455,10 +459,14 @@ def main() -> int:
         return _show_idle(chosen, console)
     if chosen.latency:
         return _show_latency(chosen, console)
+    if chosen.show:
+        return _report(
+            [Figures(**row) for path in chosen.show for row in json.loads(path.read_text())], chosen, console
+        )
     sizes = chosen.workers or ((1, 10, 100) if chosen.quick else SIZES)
     handlers = chosen.handlers or ((1.0,) if chosen.quick else HANDLERS_S)
     modes = {"coordinator": (True,), "direct": (False,), None: (True, False)}[chosen.only]
-    rows = []
+    rows: list[Figures] = []
     for handler_s in handlers:
         for workers in sizes:
             for coordinator in modes:
@@ -469,6 +477,11 @@ def main() -> int:
                 console.print(
                     f"{workers} workers, {handler_s:g} s, coordinator={coordinator}: requests/s by kind: {kinds}"
                 )
+    return _report(rows, chosen, console)
+
+
+def _report(rows: list[Figures], chosen: argparse.Namespace, console: Console) -> int:
+    rows.sort(key=lambda row: (row.handler_s, row.workers, not row.coordinator))
     show(rows, console)
     console.print("The estimate that this design began with, for 100 workers: 3,200 GET/s and 50 LIST/s.")
     if chosen.json:
