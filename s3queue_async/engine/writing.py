@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from s3queue_async.engine.shared import Shared
@@ -76,7 +77,20 @@ GiveUp = Callable[[QueueError], None]
 """Called after each failure; raises when there is no point in another try."""
 
 
-async def look(shared: Shared, key: SegmentKey, body: bytes, *, segment: Segment, may_run_at_once: bool) -> Fate | None:
+@dataclass(slots=True)
+class _Look:
+    """When a look was answered: store time, at the latest, and local time."""
+
+    answered_s: float = 0.0
+    at: float = 0.0
+
+    def answered(self, shared: Shared) -> None:
+        self.answered_s, self.at = shared.time.latest(), shared.clock.monotonic()
+
+
+async def look(
+    shared: Shared, key: SegmentKey, body: bytes, *, segment: Segment, may_run_at_once: bool, seen: _Look
+) -> Fate | None:
     """What the store shows of a segment that may have been written; None: neither it nor a claim on it.
 
     A void segment is deleted: nobody runs it, and anybody may delete it. So is one that is not what was written:
@@ -86,12 +100,16 @@ async def look(shared: Shared, key: SegmentKey, body: bytes, *, segment: Segment
     try:
         stored = await shared.storage.get(key.text)
     except NotFound:
-        return Fate.WRITTEN if await _is_claimed(shared, key) else None
+        claimed = await _is_claimed(shared, key)
+        seen.answered(shared)
+        return Fate.WRITTEN if claimed else None
     assert isinstance(stored, Stored)
     void = segments.is_void(key.created_ms, stored.modified_s, shared.settings.segment_age)
     if not void and (stored.body == body or await _is_the_same(shared, key, stored.body, body, segment)):
         return Fate.WRITTEN
     ran = may_run_at_once and await _is_claimed(shared, key)
+    # Before the DELETE, which may have to wait for its turn until a claim would not linger any more (found by simulation).
+    seen.answered(shared)
     shared.bus.emit(SegmentVoided(key=key.text))
     await shared.storage.delete(key.text)
     if ran:
@@ -148,6 +166,7 @@ async def put_segment(
     resend_for_s = settings.segment_age - margin_s
     decide_within_s = settings.claim_linger - margin_s
     tries = 0
+    seen = _Look()
     while True:
         young = shared.clock.monotonic() - began_at < resend_for_s
         if tries == 0 or (young and shared.time.latest() < resend_until_s):
@@ -164,18 +183,16 @@ async def put_segment(
         tries += 1
         began_s = shared.time.seen()
         try:
-            fate = await look(shared, key, body, segment=segment, may_run_at_once=may_run_at_once)
+            fate = await look(shared, key, body, segment=segment, may_run_at_once=may_run_at_once, seen=seen)
         except (StoreUnavailable, Throttled) as error:
             await _wait(shared, tries, error, give_up)
             continue
         if fate is Fate.WRITTEN:
             return fate
-        answered_s = shared.time.latest()
-        age_s = shared.clock.monotonic() - began_at
         if fate is Fate.NOT_WRITTEN or began_s > decide_after_s:
-            certain = answered_s < decide_until_s and age_s < decide_within_s
+            certain = seen.answered_s < decide_until_s and seen.at - began_at < decide_within_s
             return Fate.NOT_WRITTEN if certain or not may_run_at_once else Fate.UNKNOWN
-        if answered_s >= resend_until_s or age_s >= resend_for_s:
+        if shared.time.latest() >= resend_until_s or shared.clock.monotonic() - began_at >= resend_for_s:
             await shared.clock.sleep(max(LOOK_AGAIN_S, decide_after_s - shared.time.earliest()))
 
 
