@@ -451,12 +451,12 @@ class Cluster:
         settings = self.scenario.settings
         # Who has just lost its lease, or is just being fenced, is to find out first.
         await anyio.sleep(settings.heartbeat_interval)
-        await self._swept()
+        swept = await self._swept()
         self._collect_dead()
         self.ending = True
         ends_s = self.world.time()
         await self._stop_all()
-        if self._claimed_while_leaving(ends_s):
+        if swept and self._claimed_while_leaving(ends_s):
             # They left at once, each with others beside it: it is for the next worker.
             self.spawn("worker", self.worker)
             await self._swept()
@@ -479,13 +479,14 @@ class Cluster:
             job = jobs.get(numbers.get(message_id, -1), Job(-1, "never ran", 0.0))
             self.history.sent.append(Sent(message_id, job, self.world.time(), due_s, None))
 
-    async def _swept(self) -> None:
-        """Return once nothing is left behind, or when it should not be any more."""
+    async def _swept(self) -> bool:
+        """Return once nothing is left behind; False when something is for too long."""
         settings = self.scenario.settings
         bound_s = PROBE_OVER_S + 4 * settings.visibility_timeout + 2 * settings.claim_linger
         give_up_at = max(self.world.time(), self.store.landing_until) + bound_s
         while self.world.time() < give_up_at and not self._is_swept():
             await self._second()
+        return self._is_swept()
 
     async def _stop_all(self) -> None:
         for process in self.processes:
