@@ -36,7 +36,7 @@ async def backlog(bench: Bench) -> Results:
     bench.say(f"  {million:,} messages enqueued in {filled_s:.1f} s")
     enqueue: dict[str, list[float]] = {"empty": [], "million": []}
     process: dict[str, list[Seen]] = {"empty": [], "million": []}
-    for number in range(bench.rounds + 2 if bench.rounds > 1 else 1):
+    for number in range(bench.rounds + 1 if bench.rounds > 1 else 1):
         pair = [("empty", bench.url(bench.place("empty"))), ("million", big)]
         # Each goes first in turn.
         for name, url in pair[:: 1 if number % 2 else -1]:
