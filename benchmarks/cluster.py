@@ -485,7 +485,7 @@ def _report(rows: list[Figures], chosen: argparse.Namespace, console: Console) -
     show(rows, console)
     console.print("The estimate that this design began with, for 100 workers: 3,200 GET/s and 50 LIST/s.")
     if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if chosen.plot:
         plot(rows, chosen.plot)
     return 1 if any(row.lost for row in rows) else 0
