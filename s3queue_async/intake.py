@@ -106,7 +106,8 @@ class Intake:
             delay_s = seconds("delay", delay)
             if not 0 <= delay_s <= DELAY_MAX_S:
                 raise InvalidSettings(f"delay={delay!r} is out of range: 0 to {DELAY_MAX_S:,.0f} seconds (ten years).")
-            due_ms = now_ms + int(delay_s * 1000)
+            # One more, for what was cut off from the time: never before its delay is over.
+            due_ms = now_ms + int(delay_s * 1000) + 1 if delay_s > 0 else now_ms
         else:
             return 0
         if due_ms > now_ms + DELAY_MAX_S * 1000:

@@ -437,7 +437,7 @@ class Session:
         self._depart(held, index, attempts, None, delay_s)
 
     def _depart(self, held: Held, index: int, attempts: int, failure: Failure | None, delay_s: float) -> None:
-        due_ms = self.shared.time.now_ms() + math.ceil(delay_s * 1000) if delay_s > 0 else 0
+        due_ms = self.shared.time.now_ms() + 1 + math.ceil(delay_s * 1000) if delay_s > 0 else 0
         place = Place.DELAYED if due_ms else Place.READY
         held.departing.append(Departing(index, attempts, failure, place, due_ms))
         if due_ms:

@@ -76,14 +76,12 @@ async def test_delays_and_retries_take_no_time() -> None:
         await queue.enqueue("no", delay=timedelta(days=30))
         report = await queue.run_until_idle()
         assert [attempt for attempt, _ in runs] == [1, 2, 3]
-        # Due times are in whole milliseconds.
-        grain = timedelta(milliseconds=1)
-        assert runs[0][1] - enqueued_at > timedelta(days=30) - grain
-        assert runs[1][1] - runs[0][1] > timedelta(hours=1) - grain
-        assert runs[2][1] - runs[1][1] > timedelta(hours=2) - grain
+        assert runs[0][1] - enqueued_at >= timedelta(days=30)
+        assert runs[1][1] - runs[0][1] >= timedelta(hours=1)
+        assert runs[2][1] - runs[1][1] >= timedelta(hours=2)
         assert (report.completed, report.retried, report.dead) == (0, 2, 1)
         assert [str(error) for error in report.errors] == ["no"] * 3
-        assert report.elapsed > 30 * 86400 - 0.001
+        assert report.elapsed >= 30 * 86400
         assert [letter.error for letter in await queue.dead_letters.list()] == ["ValueError: no"]
     assert time.monotonic() - began < 10
 

@@ -49,7 +49,7 @@ FIXTURES = """
 
         await s3queue.enqueue("x", delay=timedelta(days=1))
         assert (await s3queue.run_until_idle()).completed == 1
-        assert s3queue_time.elapsed >= 86400 + 3600 - 0.001, "a due time is in whole milliseconds"
+        assert s3queue_time.elapsed > 86400 + 3600
         assert time.monotonic() - began < 60
 
 
