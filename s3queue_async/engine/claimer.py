@@ -31,7 +31,7 @@ from s3queue_async.storage.base import (
     Stored,
     Superseded,
 )
-from s3queue_async.wakeup import Wakeup
+from s3queue_async.wakeup import Latch, Wakeup
 
 CLAIMS_AT_ONCE = 32
 QUEUED_BYTES_MAX = 64 * 1024 * 1024
@@ -650,7 +650,7 @@ class Expected:
 
     def __init__(self, key: SegmentKey) -> None:
         self.key = key
-        self.decided = anyio.Event()
+        self.decided = Latch()
         self.segment: segments.Segment | None = None
         self.shown_at = 0.0
         self.certainly_gone = False

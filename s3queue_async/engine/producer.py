@@ -20,7 +20,7 @@ from s3queue_async.log import log
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import Place, SegmentKey
-from s3queue_async.wakeup import Wakeup
+from s3queue_async.wakeup import Latch, Wakeup
 
 LANE_WRITES_MAX = 16
 """Segments of one lane that are written at a time."""
@@ -71,7 +71,7 @@ class Batch:
         self.size = 0
         self.sent = False
         self.error: QueueError | None = None
-        self.done = anyio.Event()
+        self.done = Latch()
 
 
 class _Lane:

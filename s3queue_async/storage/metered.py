@@ -187,24 +187,32 @@ class MeteredStorage:
         try:
             reply = await call
         except BaseException as error:
-            self._count(counts, Request(operation, key, self._since(began_s), 0, bytes_out, type(error).__name__))
+            name = type(error).__name__
+            counts.errors[name] += 1
+            self._ended(counts, operation, key, began_s, 0, bytes_out, error=name)
             raise
         bytes_in = len(reply.body) if isinstance(reply, Stored) else 0
-        unmodified = isinstance(reply, Unmodified)
-        self._count(counts, Request(operation, key, self._since(began_s), bytes_in, bytes_out, None, unmodified))
+        self._ended(counts, operation, key, began_s, bytes_in, bytes_out, unmodified=isinstance(reply, Unmodified))
         return reply
 
-    def _since(self, began_s: float) -> float:
-        return self._clock.monotonic() - began_s
-
-    def _count(self, counts: _Counts, request: Request) -> None:
-        counts.seconds += request.seconds
-        counts.bytes_in += request.bytes_in
-        counts.unmodified += request.unmodified
-        if request.error is not None:
-            counts.errors[request.error] += 1
+    def _ended(
+        self,
+        counts: _Counts,
+        operation: Operation,
+        key: str,
+        began_s: float,
+        bytes_in: int,
+        bytes_out: int,
+        *,
+        error: str | None = None,
+        unmodified: bool = False,
+    ) -> None:
+        seconds = self._clock.monotonic() - began_s
+        counts.seconds += seconds
+        counts.bytes_in += bytes_in
+        counts.unmodified += unmodified
         if self._on_request is not None:
             try:
-                self._on_request(request)
+                self._on_request(Request(operation, key, seconds, bytes_in, bytes_out, error, unmodified))
             except Exception:  # noqa: BLE001 - whatever an observer raises, the request is over and has its outcome
                 _log.exception("on_request failed")

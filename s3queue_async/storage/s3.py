@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib import metadata
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -126,6 +127,7 @@ class S3Storage:
             "connect_timeout": connect_timeout_s,
             "read_timeout": read_timeout_s,
         }
+        self._user_agent = ""
         self._client: S3Client | None = None
         self._exit_stack = AsyncExitStack()
         self._has_delete_objects = True
@@ -156,20 +158,25 @@ class S3Storage:
             return
         # The stubs know classes only.
         new_http: Any = self._new_http
-        config = AioConfig(
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            # Newer checksums are unknown to many stores; DeleteObjects, which requires one, still carries it.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            # Every parameter is made here, so checking each costs time for nothing.
-            parameter_validation=False,
-            http_session_cls=new_http,
-            signature_version=self._signature_version,
-            **self._config_args,
-        )
         async with AsyncExitStack() as stack:
             try:
                 session = AioSession(profile=self._profile)
+                self._user_agent = _user_agent(session)
+                config = AioConfig(
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                    # Newer checksums are unknown to many stores; DeleteObjects, which requires one, still carries it.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                    # Every parameter is made here, so checking each costs time for nothing.
+                    parameter_validation=False,
+                    http_session_cls=new_http,
+                    signature_version=self._signature_version,
+                    # botocore makes its own anew for each request, twice: an eighth of what a PUT takes of the CPU.
+                    user_agent=self._user_agent,
+                    **self._config_args,
+                )
+                # It is in there.
+                session.user_agent_extra = ""
                 # botocore makes a stream of every body, and asks for leave to send a stream (Expect: 100-continue):
                 # one more round trip for each PUT. Besides, SeaweedFS 4.48 stores an empty object when a request
                 # is cut off in between. Without both, a body goes out together with its headers.
@@ -408,6 +415,13 @@ FOREIGN_ERRORS = (
     OSError,
     TimeoutError,
 )
+
+
+def _user_agent(session: AioSession) -> str:
+    """What the store's logs say of who asked: this library, what it stands on, and the application if it has a name."""
+    application = session.get_config_variable("user_agent_appid")
+    names = [f"s3queue-async/{metadata.version('s3queue-async')}", session.user_agent()]
+    return " ".join([*names, f"app/{application}"] if application else names)
 
 
 def _status_and_code(error: ClientError) -> tuple[int, str]:

@@ -46,7 +46,6 @@ _OPERATIONS: dict[str, tuple[Literal["GET", "PUT", "DELETE"], str]] = {
     "PutObject": ("PUT", "put_object"),
     "DeleteObject": ("DELETE", "delete_object"),
 }
-_HEADERS = {"Accept-Encoding": "identity"}
 
 
 class ObstoreStorage(S3Storage):
@@ -90,7 +89,7 @@ class ObstoreStorage(S3Storage):
         self, key: str, *, span: tuple[int, int] | None = None, unless: str | None = None
     ) -> Stored | Unmodified:
         """Read an object; see Storage.get."""
-        headers = dict(_HEADERS)
+        headers: dict[str, str] = {}
         if span is not None:
             headers["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
         if unless is not None:
@@ -108,7 +107,7 @@ class ObstoreStorage(S3Storage):
 
     async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
         """Write an object whole; see Storage.put."""
-        headers = {**_HEADERS, "Content-Length": str(len(body))}
+        headers = {"Content-Length": str(len(body))}
         match when:
             case IfAbsent():
                 headers["If-None-Match"] = "*"
@@ -125,7 +124,7 @@ class ObstoreStorage(S3Storage):
 
     async def delete(self, key: str, *, when: IfVersion | None = None) -> Deleted:
         """Delete an object; see Storage.delete."""
-        headers = _HEADERS if when is None else {**_HEADERS, "If-Match": when.version}
+        headers = {} if when is None else {"If-Match": when.version}
         reply = await self._request("DeleteObject", key, headers)
         if when is None and reply.status == 404 and error_of(reply.body)[0] == "NoSuchKey":
             return Deleted(_date_s(reply))
@@ -142,7 +141,7 @@ class ObstoreStorage(S3Storage):
                 Params=self._list_args(prefix, after, limit),
                 ExpiresIn=int(_SIGNED_FOR.total_seconds()),
             )
-            reply = await self._http.exchange("GET", url, _HEADERS, None)
+            reply = await self._exchange("GET", url, {}, None)
         except FOREIGN_ERRORS as error:
             raise self._translate(error, operation, prefix) from error
         self._check(reply, operation, prefix)
@@ -166,9 +165,14 @@ class ObstoreStorage(S3Storage):
             else:
                 url = await self._signed(method, path)
             sent = body if body is None or len(body) <= RAW_BYTES_MAX else BytesIO(body)
-            return await self._http.exchange(method, url, headers, sent)
+            return await self._exchange(method, url, headers, sent)
         except FOREIGN_ERRORS as error:
             raise self._translate(error, operation, key) from error
+
+    async def _exchange(self, method: str, url: str, headers: dict[str, str], body: bytes | BytesIO | None) -> Reply:
+        return await self._http.exchange(
+            method, url, {"Accept-Encoding": "identity", "User-Agent": self._user_agent, **headers}, body
+        )
 
     async def _signed(self, method: Literal["GET", "PUT", "DELETE"], path: str) -> str:
         store = await self._signer()

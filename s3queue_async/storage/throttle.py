@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from s3queue_async.clock import Clock
 from s3queue_async.errors import Throttled
@@ -21,6 +21,7 @@ from s3queue_async.storage.base import (
     Written,
 )
 
+_Args = ParamSpec("_Args")
 _Reply = TypeVar("_Reply")
 
 REWRITE_S = 1.5
@@ -170,55 +171,66 @@ class ThrottledStorage:
         self, key: str, *, span: tuple[int, int] | None = None, unless: str | None = None
     ) -> Stored | Unmodified:
         """Read an object; see Storage.get."""
-        return await self._retry("reads", "get", key, lambda: self._storage.get(key, span=span, unless=unless))
+        tries = 1 + self._read_retries_max
+        return await self._ask("reads", "get", key, tries, self._storage.get, key, span=span, unless=unless)
 
     async def put(self, key: str, body: bytes, *, when: Condition | None = None) -> Written:
         """Write an object whole; see Storage.put."""
-        return await self._once("writes", "put", key, lambda: self._storage.put(key, body, when=when))
+        return await self._ask("writes", "put", key, 1, self._storage.put, key, body, when=when)
 
     async def delete(self, key: str, *, when: IfVersion | None = None) -> Deleted:
         """Delete an object; see Storage.delete."""
-        return await self._once("writes", "delete", key, lambda: self._storage.delete(key, when=when))
+        return await self._ask("writes", "delete", key, 1, self._storage.delete, key, when=when)
 
     async def delete_many(self, keys: Sequence[str]) -> Deleted:
         """Delete up to 1,000 objects; see Storage.delete_many."""
-        return await self._once("writes", "delete_many", "", lambda: self._storage.delete_many(keys))
+        return await self._ask("writes", "delete_many", "", 1, self._storage.delete_many, keys)
 
     async def list(self, prefix: str, *, after: str = "", limit: int = LIST_LIMIT_MAX) -> Page:
         """List keys in order; see Storage.list."""
-        return await self._retry("lists", "list", prefix, lambda: self._storage.list(prefix, after=after, limit=limit))
+        tries = 1 + self._read_retries_max
+        return await self._ask("lists", "list", prefix, tries, self._storage.list, prefix, after=after, limit=limit)
 
-    async def _retry(self, kind: _Kind, operation: str, key: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
-        for _ in range(self._read_retries_max):
-            try:
-                return await self._once(kind, operation, key, call)
-            except Throttled:
-                # The next round waits as long as the limit says.
-                continue
-        return await self._once(kind, operation, key, call)
-
-    async def _once(self, kind: _Kind, operation: str, key: str, call: Callable[[], Awaitable[_Reply]]) -> _Reply:
+    async def _ask(
+        self,
+        kind: _Kind,
+        operation: str,
+        key: str,
+        tries: int,
+        call: Callable[_Args, Awaitable[_Reply]],
+        *args: _Args.args,
+        **kwargs: _Args.kwargs,
+    ) -> _Reply:
         limit = self._limits[kind]
-        wait_s = limit.reserve(self._clock.monotonic())
         urgent = self._urgent(key)
-        if wait_s > 0 and not urgent:
-            self.waits += 1
-            self.waited_s += wait_s
-            await self._clock.sleep(wait_s)
-        began_s = self._clock.monotonic()
-        rewrite = kind == "writes" and self._is_rewrite(key, began_s)
-        try:
-            return await call()
-        except Throttled as error:
-            wait_s = 0.0
-            now_s = self._clock.monotonic()
-            about_the_key = kind == "writes" and (rewrite or self._is_first_complaint(key, now_s))
-            # What went out without regard to the rate says nothing about it.
-            if error.retry_after_s is not None or not (urgent or about_the_key):
-                wait_s = limit.complain(now_s, began_s=began_s, retry_after_s=error.retry_after_s)
-            if self._on_throttled is not None:
-                self._on_throttled(operation, wait_s)
-            raise
+        while True:
+            wait_s = limit.reserve(self._clock.monotonic())
+            if wait_s > 0 and not urgent:
+                self.waits += 1
+                self.waited_s += wait_s
+                await self._clock.sleep(wait_s)
+            began_s = self._clock.monotonic()
+            rewrite = kind == "writes" and self._is_rewrite(key, began_s)
+            try:
+                return await call(*args, **kwargs)
+            except Throttled as error:
+                self._complain(kind, operation, key, error, began_s=began_s, urgent=urgent, rewrite=rewrite)
+                tries -= 1
+                if tries == 0:
+                    raise
+                # The next try waits as long as the limit says.
+
+    def _complain(
+        self, kind: _Kind, operation: str, key: str, error: Throttled, *, began_s: float, urgent: bool, rewrite: bool
+    ) -> None:
+        wait_s = 0.0
+        now_s = self._clock.monotonic()
+        about_the_key = kind == "writes" and (rewrite or self._is_first_complaint(key, now_s))
+        # What went out without regard to the rate says nothing about it.
+        if error.retry_after_s is not None or not (urgent or about_the_key):
+            wait_s = self._limits[kind].complain(now_s, began_s=began_s, retry_after_s=error.retry_after_s)
+        if self._on_throttled is not None:
+            self._on_throttled(operation, wait_s)
 
     def _is_first_complaint(self, key: str, now_s: float) -> bool:
         """Whether no other key was complained about a moment ago: another process may just have written this one."""

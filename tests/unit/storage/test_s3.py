@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable
+from importlib import metadata
 from urllib.parse import parse_qsl, quote
 
 import anyio
@@ -80,6 +81,23 @@ async def test_a_put_goes_out_whole(client: Client) -> None:
     assert second["if-match"] == '"1"'
     assert third_line.startswith("DELETE ")
     assert third["if-match"] == '"2"'
+
+
+async def test_the_store_is_told_who_asks(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request names this library, what it stands on, and the application, if AWS's setting gives it a name."""
+    for application in (None, "billing"):
+        if application is not None:
+            monkeypatch.setenv("AWS_SDK_UA_APP_ID", application)
+        async with serving(client) as (fake, storage):
+            fake.replies += [(200, {"ETag": '"1"'}, b""), EMPTY_LIST, (200, {}, b"<DeleteResult/>")]
+            await storage.put("k", b"body")
+            await storage.list("")
+            await storage.delete_many(["k"])
+        for _, headers, _ in fake.requests:
+            agent = headers["user-agent"]
+            assert agent.startswith(f"s3queue-async/{metadata.version('s3queue-async')} aiobotocore/")
+            assert agent.count("botocore/") == 2
+            assert agent.endswith("app/billing") == (application is not None)
 
 
 async def test_errors_carry_the_date(client: Client) -> None:
