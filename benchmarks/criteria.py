@@ -58,16 +58,27 @@ def _row(rows: list[Any], **wanted: Any) -> Any:
 # -- beside others -----------------------------------------------------------------------------------------------------
 
 
-def _bare_full(parts: Parts) -> tuple[str, bool]:
+def _beside_bare(parts: Parts, per_segment: int, side: str) -> list[float]:
     rows = _part(parts, "bare")["rows"]
-    found = [_row(rows, scheme="s3", per_segment=256, phase=phase, side="queue")["ratio"] for phase in PHASES]
-    return f"enqueue {found[0]:.2f}, process {found[1]:.2f}", found[0] >= 0.8 and found[1] >= 0.7
+    return [_row(rows, scheme="s3", per_segment=per_segment, phase=phase, side=side)["ratio"] for phase in PHASES]
+
+
+def _bare(parts: Parts, per_segment: int, *wanted: float) -> tuple[str, bool]:
+    found = _beside_bare(parts, per_segment, "bare")
+    adapter = _beside_bare(parts, per_segment, "adapter")
+    seen = (
+        f"enqueue {found[0]:.2f}, process {found[1]:.2f}; beside the same loop on this library's adapter "
+        f"{adapter[0]:.2f}, {adapter[1]:.2f}"
+    )
+    return seen, all(ratio >= least for ratio, least in zip(found, wanted, strict=True))
+
+
+def _bare_full(parts: Parts) -> tuple[str, bool]:
+    return _bare(parts, 256, 0.8, 0.7)
 
 
 def _bare_single(parts: Parts) -> tuple[str, bool]:
-    rows = _part(parts, "bare")["rows"]
-    found = [_row(rows, scheme="s3", per_segment=1, phase=phase, side="queue")["ratio"] for phase in PHASES]
-    return f"enqueue {found[0]:.2f}, process {found[1]:.2f}", min(found) >= 0.9
+    return _bare(parts, 1, 0.9, 0.9)
 
 
 def _against(parts: Parts, store: str) -> tuple[Any, list[Any]]:

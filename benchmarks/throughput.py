@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders.bare import Bare
+from benchmarks.contenders.bare import loops
 from benchmarks.contenders.base import Drained, Place, Sample, drain
 from benchmarks.contenders.ours import Ours
 from s3queue_async.testing.servers import Server, seaweedfs
@@ -30,6 +30,7 @@ BUCKET = "bench"
 MESSAGES = 20_480
 SINGLES = 600
 PHASES = ("enqueue", "process")
+SIDES = {"bare": "bare loop", "adapter": "bare loop on the adapter", "queue": "queue"}
 
 Samples = dict[tuple[str, str], list[Sample]]
 
@@ -59,7 +60,7 @@ async def compare(
     profile: str | None = None,
     scheme: str = "s3",
 ) -> Samples:
-    """Run the queue and the bare loop in turn; ``messages`` must be a multiple of ``per_segment``."""
+    """Run the bare loops and the queue in turn; ``messages`` must be a multiple of ``per_segment``."""
 
     async def profiled(name: str, work: Coroutine[Any, Any, None]) -> None:
         if profile != name:
@@ -74,49 +75,51 @@ async def compare(
     samples: Samples = defaultdict(list)
     for number in range(rounds):
         prefix = f"{scheme.removeprefix('s3+')}-{per_segment}-{number}-{os.getpid()}"
-        bare = Bare(place(server, f"bare-{prefix}"), scheme=scheme, per_segment=per_segment)
-        queue = Ours(place(server, f"queue-{prefix}"), scheme=scheme, settings={"segment_messages_max": per_segment})
-        for side, drained in (
-            ("bare", await drain(bare, messages)),
-            ("queue", exact(await drain(queue, messages, around=profiled))),
-        ):
+        places = {side: place(server, f"{side}-{prefix}") for side in SIDES}
+        for side, bare in loops(places, scheme=scheme, per_segment=per_segment).items():
+            drained = await drain(bare, messages)
             samples["enqueue", side].append(drained.enqueue)
             samples["process", side].append(drained.process)
+        queue = Ours(places["queue"], scheme=scheme, settings={"segment_messages_max": per_segment})
+        drained = exact(await drain(queue, messages, around=profiled))
+        samples["enqueue", "queue"].append(drained.enqueue)
+        samples["process", "queue"].append(drained.process)
     return samples
 
 
-def ratios(samples: Samples) -> dict[str, float]:
-    """The queue's rate as a part of the bare loop's, of each phase.
+def ratios(samples: Samples) -> dict[tuple[str, str], float]:
+    """The queue's rate as a part of each bare loop's, of each phase.
 
-    Each round's two sides ran one after the other: the ratio of neighbours is the least disturbed.
+    Each round's sides ran one after the other: the ratio of neighbours is the least disturbed.
     """
     return {
-        phase: statistics.median(
-            queue.rate / bare.rate for queue, bare in zip(samples[phase, "queue"], samples[phase, "bare"], strict=True)
+        (phase, side): statistics.median(
+            queue.rate / bare.rate for queue, bare in zip(samples[phase, "queue"], runs, strict=True)
         )
-        for phase in PHASES
+        for (phase, side), runs in samples.items()
+        if side != "queue"
     }
 
 
-def report(console: Console, per_segment: int, samples: Samples) -> dict[str, float]:
-    """Print the medians; return the ratio of each phase."""
+def report(console: Console, per_segment: int, samples: Samples) -> None:
+    """Print the medians, and the queue's part of each loop's rate."""
     table = Table(title=f"{per_segment} message{'s' if per_segment > 1 else ''} a segment (medians)")
-    for column in ("phase", "side", "messages/s", "ratio", "requests/message", "client CPU us/message"):
+    for column in ("phase", "side", "messages/s", "queue / it", "requests/message", "client CPU us/message"):
         table.add_column(column, justify="left" if column in ("phase", "side") else "right")
     found = ratios(samples)
     for phase in PHASES:
-        for side in ("bare", "queue"):
-            runs = samples[phase, side]
-            table.add_row(
-                phase,
-                side,
-                f"{statistics.median(run.rate for run in runs):,.0f}",
-                f"{found[phase]:.2f}" if side == "queue" else "",
-                f"{statistics.median(run.requests_per_message for run in runs):.3f}",
-                f"{statistics.median(run.cpu_s / run.messages for run in runs) * 1e6:,.1f}",
-            )
+        for side in SIDES:
+            runs = samples.get((phase, side))
+            if runs:
+                table.add_row(
+                    phase,
+                    SIDES[side],
+                    f"{statistics.median(run.rate for run in runs):,.0f}",
+                    f"{found[phase, side]:.2f}" if side != "queue" else "",
+                    f"{statistics.median(run.requests_per_message for run in runs):.3f}",
+                    f"{statistics.median(run.cpu_s / run.messages for run in runs) * 1e6:,.1f}",
+                )
     console.print(table)
-    return found
 
 
 def main() -> None:

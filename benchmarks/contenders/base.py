@@ -6,6 +6,7 @@ Only the standard library is used here: the peers run in a virtual environment o
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import statistics
 import time
@@ -145,6 +146,8 @@ def plain(name: str, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
 
 async def measured(messages: int, work: Awaitable[None], requests: Callable[[], Mapping[str, int]]) -> Sample:
     """Await the work; its time, this process's CPU, and the requests that it made."""
+    # Otherwise one contender's run would pay for what another left: a closed S3 client is tens of thousands of objects.
+    gc.collect()
     before = dict(requests())
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()

@@ -69,8 +69,9 @@ def test_nothing_measured_is_neither_met_nor_missed() -> None:
 def test_a_promise_is_judged_by_the_figure(ratio: float, met: bool) -> None:
     """Beside the bare loop, 0.8 keeps the promise and 0.79 does not, and the line shows the figure."""
     rows = [
-        {"scheme": "s3", "per_segment": 256, "phase": phase, "side": "queue", "ratio": ratio}
+        {"scheme": "s3", "per_segment": 256, "phase": phase, "side": side, "ratio": ratio}
         for phase in ("enqueue", "process")
+        for side in ("bare", "adapter")
     ]
     verdict = verdicts({"bare": {"rows": rows}})[0]
     assert verdict.met is met
