@@ -28,6 +28,7 @@ from botocore.exceptions import (
 )
 from botocore.handlers import add_expect_header, convert_body_to_file_like_object
 from botocore.parsers import ResponseParserError
+from botocore.useragent import sanitize_user_agent_string_component
 from botocore.utils import parse_timestamp
 
 from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
@@ -175,7 +176,7 @@ class S3Storage:
                     user_agent=self._user_agent,
                     **self._config_args,
                 )
-                # It is in there.
+                # The client would add it to what already has it.
                 session.user_agent_extra = ""
                 # botocore makes a stream of every body, and asks for leave to send a stream (Expect: 100-continue):
                 # one more round trip for each PUT. Besides, SeaweedFS 4.48 stores an empty object when a request
@@ -419,9 +420,12 @@ FOREIGN_ERRORS = (
 
 def _user_agent(session: AioSession) -> str:
     """What the store's logs say of who asked: this library, what it stands on, and the application if it has a name."""
-    application = session.get_config_variable("user_agent_appid")
     names = [f"s3queue-async/{metadata.version('s3queue-async')}", session.user_agent()]
-    return " ".join([*names, f"app/{application}"] if application else names)
+    application = session.get_config_variable("user_agent_appid")
+    if application:
+        # It may hold anything, also what no header may.
+        names.append(f"app/{sanitize_user_agent_string_component(application, allow_hash=False)}")
+    return " ".join(names)
 
 
 def _status_and_code(error: ClientError) -> tuple[int, str]:

@@ -85,7 +85,7 @@ async def test_a_put_goes_out_whole(client: Client) -> None:
 
 async def test_the_store_is_told_who_asks(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request names this library, what it stands on, and the application, if AWS's setting gives it a name."""
-    for application in (None, "billing"):
+    for application, name in ((None, ""), ("billing", "billing"), ("bill\nits: ä", "bill-its---")):
         if application is not None:
             monkeypatch.setenv("AWS_SDK_UA_APP_ID", application)
         async with serving(client) as (fake, storage):
@@ -97,7 +97,7 @@ async def test_the_store_is_told_who_asks(client: Client, monkeypatch: pytest.Mo
             agent = headers["user-agent"]
             assert agent.startswith(f"s3queue-async/{metadata.version('s3queue-async')} aiobotocore/")
             assert agent.count("botocore/") == 2
-            assert agent.endswith("app/billing") == (application is not None)
+            assert agent.partition(" app/")[2] == name
 
 
 async def test_errors_carry_the_date(client: Client) -> None:
