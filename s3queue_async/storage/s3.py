@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from io import BytesIO
@@ -35,12 +35,11 @@ from s3queue_async.errors import QueueError, StoreUnavailable, StoreUnsupported
 from s3queue_async.storage._http import SingleTrySession
 from s3queue_async.storage._s3_bucket import examine_bucket
 from s3queue_async.storage._s3_errors import Failure, classify
-from s3queue_async.storage._s3_replies import date_s, retry_after_s
+from s3queue_async.storage._s3_replies import Unreadable, date_s, listing_of, retry_after_s
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Condition,
     Deleted,
-    Entry,
     IfAbsent,
     IfVersion,
     Page,
@@ -61,6 +60,8 @@ RAW_BYTES_MAX = 1024 * 1024
 _DELETES_IN_FLIGHT = 16
 # What stores without DeleteObjects (or without its newer checksums) answer to it.
 _NO_DELETE_OBJECTS = frozenset({"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "501", "405"})
+# Where a reply keeps the body of a listing.
+_LISTING = "s3queue_async.listing"
 _CREDENTIALS_ERRORS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError)
 
 
@@ -183,6 +184,7 @@ class S3Storage:
                 # is cut off in between. Without both, a body goes out together with its headers.
                 session.unregister("before-parameter-build.s3.PutObject", _TO_STREAM)
                 session.unregister("before-call.s3", _ASK_FIRST)
+                session.register("before-parse.s3.ListObjectsV2", _keep_listing)
                 session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
                 context = session.create_client("s3", config=config, **self._client_args)
                 client = await stack.enter_async_context(context)
@@ -299,15 +301,10 @@ class S3Storage:
         """List keys in order; see Storage.list."""
         client = self._opened()
         try:
-            reply = await client.list_objects_v2(**self._list_args(prefix, after, limit))
+            reply: Any = await client.list_objects_v2(**self._list_args(prefix, after, limit))
         except FOREIGN_ERRORS as error:
             raise self._translate(error, "ListObjectsV2", prefix) from error
-        skip = len(self._root)
-        entries = [
-            Entry(found["Key"][skip:], found["ETag"], found["Size"], found["LastModified"].timestamp())
-            for found in reply.get("Contents", ())
-        ]
-        return self._page(prefix, entries, reply.get("IsTruncated", False), _date_s(reply))
+        return self._page(prefix, reply[_LISTING], _date_s(reply))
 
     def _list_args(self, prefix: str, after: str, limit: int) -> dict[str, Any]:
         args: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self._root + prefix, "MaxKeys": limit}
@@ -315,7 +312,11 @@ class S3Storage:
             args["StartAfter"] = self._root + after
         return args
 
-    def _page(self, prefix: str, entries: Sequence[Entry], more: bool, answered_s: float | None) -> Page:
+    def _page(self, prefix: str, body: bytes, answered_s: float | None) -> Page:
+        try:
+            entries, more = listing_of(body, skip=len(self._root))
+        except Unreadable as error:
+            raise StoreUnavailable(f"The store answered ListObjectsV2 with what is no listing: {error}.") from error
         if more and not entries:
             # Nothing to go on from: a caller would ask for the same page for ever.
             raise StoreUnavailable(
@@ -437,13 +438,16 @@ def _date_s(reply: Any) -> float | None:
     return date_s(reply["ResponseMetadata"].get("HTTPHeaders", {}).get("date"))
 
 
+def _keep_listing(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Leave a listing to ``listing_of``: botocore's own parser takes five times as long."""
+    if response_dict["status_code"] == 200:
+        customized_response_dict[_LISTING] = response_dict["body"]
+        response_dict["body"] = b""
+
+
 def _parse_timestamp(value: Any) -> datetime:
-    # Most of what a listing costs is botocore's own parser, which takes dates in any form that people write.
-    if isinstance(value, str):
-        if value[10:11] == "T":
-            moment = datetime.fromisoformat(value)
-            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        if value[3:5] == ", ":
-            return parsedate_to_datetime(value)
+    # botocore's own parser takes dates in any form that people write, and its time.
+    if isinstance(value, str) and value[3:5] == ", ":
+        return parsedate_to_datetime(value)
     parsed: datetime = parse_timestamp(value)
     return parsed

@@ -18,7 +18,7 @@ from obstore.store import S3Store
 from s3queue_async.errors import StoreUnavailable, StoreUnsupported
 from s3queue_async.storage._http import Reply
 from s3queue_async.storage._s3_errors import Failure, classify
-from s3queue_async.storage._s3_replies import Unreadable, date_s, error_of, listing_of, retry_after_s
+from s3queue_async.storage._s3_replies import date_s, error_of, retry_after_s
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Condition,
@@ -145,11 +145,7 @@ class ObstoreStorage(S3Storage):
         except FOREIGN_ERRORS as error:
             raise self._translate(error, operation, prefix) from error
         self._check(reply, operation, prefix)
-        try:
-            entries, more = listing_of(reply.body, skip=len(self._root))
-        except Unreadable as error:
-            raise StoreUnavailable(f"The store answered {operation} with what is no listing: {error}.") from error
-        return self._page(prefix, entries, more, _date_s(reply))
+        return self._page(prefix, reply.body, _date_s(reply))
 
     async def _request(self, operation: str, key: str, headers: dict[str, str], body: bytes | None = None) -> Reply:
         method, name = _OPERATIONS[operation]
