@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container
 from contextlib import suppress
+from typing import NamedTuple
 
 import anyio
 
@@ -47,17 +48,21 @@ HEARTBEATS_LOOK_MIN_S = 0.5
 JOINERS_EVERY_S = 1.0
 """How often workers are listed while there is work: who has just registered is to get some."""
 RATE_FADES_S = 1.0
+RATE_FORGOTTEN_S = 3.0
+"""Whoever did nothing for so long begins anew."""
+RATE_SEEN_MIN_S = 0.05
+"""What was done in less time says no more of a second than if it had taken so long."""
 TAKEN_AHEAD_MAX = 4
 """A worker gets tickets ahead for what it took in the last second, at most so many times what it handles at a time."""
 FINISHED_AHEAD_LOOKS = 2.0
 FINISHED_AHEAD_S = 3.0
 """One that finishes more than that in a second gets tickets for what it finishes in so many looks, or so long: more than
 it needs, so that it gets up to speed in a few looks."""
-AHEAD_MAX = 8192
+AHEAD_MAX = 16384
 """Messages of tickets that a worker gets ahead, at most."""
 LISTED_MIN = 64
 """Segments that are listed at least, beside those that are held."""
-LISTED_FOR_ROOM = 2.0
+LISTED_FOR_ROOM = 1.25
 """As many segments are listed as would fill the workers' room so many times, by their size so far."""
 DEAD_HELD_MAX = 20_000
 PUBLISH_SLOWER = 2.0
@@ -65,19 +70,50 @@ PUBLISH_FASTER = 0.9
 PUBLISH_EVERY_MAX_S = 5.0
 
 
+class _Rate(NamedTuple):
+    """How much was done lately, as of when, and when the worker began."""
+
+    done: float
+    at: float
+    since: float
+
+    def left(self, now: float) -> float:
+        return self.done * math.exp((self.at - now) / RATE_FADES_S)
+
+
 class Rates:
     """How much of something each worker did lately; what was longer ago counts less."""
 
     def __init__(self) -> None:
-        self._of: dict[str, tuple[float, float]] = {}
+        self._of: dict[str, _Rate] = {}
 
-    def add(self, worker: str, count: int, now: float) -> None:
-        self._of[worker] = (self.a_second(worker, now) + count, now)
+    def add(self, worker: str, count: int, now: float, since: float = -math.inf) -> None:
+        """Count what a worker did.
+
+        Args:
+            worker: Who did it.
+            count: How much.
+            now: Local time.
+            since: When it began with that at the earliest; what somebody did who began just now is a part of a second's.
+        """
+        before = self._of.get(worker)
+        if before is None or now - before.at > RATE_FORGOTTEN_S:
+            self._of[worker] = _Rate(count, now, since)
+        else:
+            self._of[worker] = _Rate(before.left(now) + count, now, min(before.since, since))
+
+    def lately(self, worker: str, now: float) -> float:
+        """How much it did in the last second or so."""
+        rate = self._of.get(worker)
+        return 0.0 if rate is None else rate.left(now)
 
     def a_second(self, worker: str, now: float) -> float:
-        """How much in the last second or so."""
-        rate, at = self._of.get(worker, (0.0, now))
-        return rate * math.exp((at - now) / RATE_FADES_S)
+        """How much it would do in a second, by what it did in the part of it since it began."""
+        rate = self._of.get(worker)
+        if rate is None:
+            return 0.0
+        seen_s = max(RATE_SEEN_MIN_S, now - rate.since)
+        return rate.left(now) / (1 - math.exp(-seen_s / RATE_FADES_S))
 
     def keep(self, workers: Container[str]) -> None:
         """Forget all other workers."""
@@ -85,6 +121,13 @@ class Rates:
 
     def clear(self) -> None:
         self._of.clear()
+
+
+class _Holding(NamedTuple):
+    """Who probably holds a segment ("" when that is not known), and since when at the earliest."""
+
+    worker: str
+    since: float
 
 
 class Coordinator:
@@ -139,7 +182,8 @@ class Coordinator:
         self._listed: dict[str, SegmentKey] = {}
         self._listed_to = ""
         self._room = 0
-        self._holders: dict[str, str] = {}
+        self._holders: dict[str, _Holding] = {}
+        self._listed_at = -math.inf
         self._taken = Rates()
         self._finished = Rates()
         self._orphans: dict[str, float] = {}
@@ -186,6 +230,7 @@ class Coordinator:
                 # What somebody else wrote there is of no use; the listings say what is there.
                 self._tickets[SegmentKey.parse(ticket.key).name] = ticket
         self._published = None
+        self._listed_at = self._shared.clock.monotonic()
         self._next_workers = self._next_delayed = -math.inf
         self._holders.clear()
         self._listed.clear()
@@ -235,7 +280,7 @@ class Coordinator:
             return await self._lead_alone()
         segments, claims = await self._list(now)
         claimable = self._account(segments, claims)
-        rooms = self._rooms(segments)
+        rooms, ahead = self._rooms(segments)
         self._room = sum(rooms.values())
         assignment = assign(
             claimable,
@@ -245,6 +290,7 @@ class Coordinator:
             now_ms=shared.time.now_ms(),
             ttl_ms=int(1000 * shared.settings.ticket_ttl),
             limit=shared.settings.ticket_batch,
+            ahead=ahead,
         )
         self.stalled += len(assignment.stalled)
         had = bool(self._tickets)
@@ -258,6 +304,7 @@ class Coordinator:
         """The only worker looks for itself: its claim loop knows best what it needs, and when."""
         self._tickets.clear()
         self._listed.clear()
+        self._listed_at = self._shared.clock.monotonic()
         self._holders.clear()
         self._first_seen = ""
         self.available = 0
@@ -332,7 +379,7 @@ class Coordinator:
         keys: list[SegmentKey] = []
         after = ""
         for _ in range(PAGES_MAX):
-            page = await self._scanner.ready(after=after, limit=min(LIST_LIMIT_MAX, wanted))
+            page = await self._scanner.ready(after=after, limit=min(LIST_LIMIT_MAX, wanted - len(keys)))
             keys += page.keys
             after = page.last if page.more else ""
             if not page.more or len(keys) >= wanted:
@@ -353,7 +400,7 @@ class Coordinator:
         self._note_finished(segments, now)
         claimable: list[SegmentKey] = []
         orphans: dict[str, float] = {}
-        holders: dict[str, str] = {}
+        holders: dict[str, _Holding] = {}
         self.busy = False
         for key in segments:
             name = key.name
@@ -365,25 +412,42 @@ class Coordinator:
                 claimable.append(key)
             else:
                 self.busy = self.busy or key.count > 1
-                holder = holders[name] = self._holder(name)
-                if holder and name not in self._holders:
-                    self._taken.add(holder, key.count, now)
+                holding = holders[name] = self._holding(name)
+                if holding.worker and name not in self._holders:
+                    self._taken.add(holding.worker, key.count, now)
         self._orphans, self._holders = orphans, holders
+        self._listed_at = now
         return claimable
 
-    def _holder(self, name: str) -> str:
-        """Who probably holds a segment, or held it; "" when that is not known."""
+    def _holding(self, name: str) -> _Holding:
+        """Who probably holds a segment, or held it."""
+        before = self._holders.get(name, _Holding("", self._listed_at))
         ticket = self._tickets.get(name)
-        return self._holders.get(name) or ("" if ticket is None else ticket.worker)
+        if before.worker or ticket is None:
+            return before
+        return _Holding(ticket.worker, before.since)
 
     def _note_finished(self, segments: list[SegmentKey], now: float) -> None:
-        """Learn how fast workers are from the segments that were listed before and are gone."""
+        """Learn how fast workers are from the segments that were listed before and are gone.
+
+        What was claimed directly, mostly before the first tickets, is taken to be everybody's in equal shares.
+        """
         before, self._listed = self._listed, {key.name: key for key in segments}
+        unknown, unknown_since = 0, now
         for name, key in before.items():
             beyond = key.place is Place.READY and self._listed_to and key.text > self._listed_to
-            holder = "" if name in self._listed or beyond else self._holder(name)
-            if holder:
-                self._finished.add(holder, key.count, now)
+            if name in self._listed or beyond:
+                continue
+            worker, since = self._holding(name)
+            if worker:
+                self._finished.add(worker, key.count, now, since)
+            else:
+                unknown += key.count
+                unknown_since = min(unknown_since, since)
+        share = unknown // self.active_workers
+        if share:
+            for worker in {*self._workers, self._worker_id}:
+                self._finished.add(worker, share, now, unknown_since)
 
     def _is_orphan(self, name: str, landed_s: float) -> bool:
         """Whether a claim is probably nobody's: its holder died, or no heartbeat that was written later names it."""
@@ -397,29 +461,37 @@ class Coordinator:
         if any(name in peer.heartbeat.held for peer in self._workers.values()):
             return False
         old = self._shared.time.earliest() - landed_s > settings.visibility_timeout + margin_s
-        own = self._holders.get(name) == self._worker_id
+        own = name in self._holders and self._holders[name].worker == self._worker_id
         return (old and not own) or all(
             landed_s + margin_s < peer.heartbeat.composed_ms / 1000 for peer in self._workers.values()
         )
 
-    def _rooms(self, segments: list[SegmentKey]) -> dict[str, int]:
-        """For how many messages each worker should have tickets: what it can start, and a little ahead of its pace."""
+    def _rooms(self, segments: list[SegmentKey]) -> tuple[dict[str, int], dict[str, int]]:
+        """For how many messages each worker should have tickets: what it can start, and a little ahead of its pace.
+
+        Returns:
+            Both together by worker; and what is ahead of the pace of those that are fast, which is to be shared evenly.
+        """
         now = self._shared.clock.monotonic()
         in_hand: dict[str, int] = {}
         for key in segments:
-            holder = self._holders.get(key.name)
-            if holder:
-                in_hand[holder] = in_hand.get(holder, 0) + key.count
+            holding = self._holders.get(key.name)
+            if holding is not None and holding.worker:
+                in_hand[holding.worker] = in_hand.get(holding.worker, 0) + key.count
         looks_s = max(FINISHED_AHEAD_S, FINISHED_AHEAD_LOOKS * (self._pace.interval_s + self._poll_s))
         rooms: dict[str, int] = {}
+        ahead: dict[str, int] = {}
         for worker in {*self._workers, self._worker_id}:
             capacity = self._capacity() if worker == self._worker_id else self._workers[worker].heartbeat.capacity
-            ahead = min(TAKEN_AHEAD_MAX * capacity, self._taken.a_second(worker, now))
-            finished = self._finished.a_second(worker, now)
-            if finished > TAKEN_AHEAD_MAX * capacity:
-                ahead = min(AHEAD_MAX, finished * looks_s)
-            rooms[worker] = max(0, capacity - in_hand.get(worker, 0)) + math.ceil(ahead)
-        return rooms
+            room = max(0, capacity - in_hand.get(worker, 0))
+            if self._finished.lately(worker, now) > TAKEN_AHEAD_MAX * capacity:
+                ahead[worker] = math.ceil(min(AHEAD_MAX, self._finished.a_second(worker, now) * looks_s))
+                rooms[worker] = room + ahead[worker]
+            else:
+                # Counts as room like any other: a few messages are cheapest with whoever is awake and ends many together.
+                taken = min(TAKEN_AHEAD_MAX * capacity, self._taken.lately(worker, now))
+                rooms[worker] = room + math.ceil(taken)
+        return rooms, ahead
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -448,6 +520,6 @@ class Coordinator:
         self._taken.keep(alive)
         self._finished.keep(alive)
         held_by = {name: worker for worker, peer in alive.items() for name in peer.heartbeat.held}
-        for name in self._holders:
+        for name, holding in self._holders.items():
             if name in held_by:
-                self._holders[name] = held_by[name]
+                self._holders[name] = _Holding(held_by[name], holding.since)

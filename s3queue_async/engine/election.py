@@ -81,6 +81,11 @@ class Election:
         return ends_s - self._shared.time.certain()
 
     @property
+    def unseen_for_s(self) -> float:
+        """Seconds since this process last looked at the board."""
+        return self._shared.clock.monotonic() - self._looked_at
+
+    @property
     def led_for_s(self) -> float:
         """Seconds since this process was elected; infinite while it does not lead."""
         return self._shared.clock.monotonic() - self._since
@@ -144,7 +149,7 @@ class Election:
         every_s = shared.settings.election_interval
         while True:
             try:
-                if not self.leading and self._looked_at + every_s <= shared.clock.monotonic():
+                if not self.leading and self.unseen_for_s >= every_s:
                     await self.look()
                 if self._may_stand:
                     # Whoever waits least stands first; the others see its board.

@@ -18,7 +18,7 @@ from s3queue_async.log import log
 from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.layout import Place, SegmentKey
-from s3queue_async.protocol.ranking import falls_to
+from s3queue_async.protocol.ranking import falls_to, weight
 from s3queue_async.storage.base import LIST_LIMIT_MAX
 
 LIST_LIMIT_MIN = 32
@@ -27,6 +27,8 @@ GONE_LINGERS = 3
 """For so many times as long as claims linger a segment that was gone is not tried again."""
 OTHERS_AFTER_S = 0.5
 """How long a segment is left to the worker that ranking gives it to."""
+HELPED_AT_ONCE = 32
+"""So many segments that ranking gives to others are tried before the next look."""
 TICKETS_OF_OTHERS_AFTER_S = 2.0
 """How long a ticket is left to its worker, or two of its looks at the board if that is longer."""
 BUSY_POLL_CAP_S = 1.0
@@ -35,6 +37,8 @@ NEGLECTED_AFTER_S = 1.5
 """A segment that nobody claimed for so long, or for three looks at the board if that is longer, is neglected."""
 COORDINATED_S = 30.0
 """How often the coordinator's own worker looks though there are no tickets at all."""
+MISSED_BOARD_AFTER_S = 0.5
+"""How often a worker that knows of others, but of no board, looks whether there is one by now."""
 HUNGRY_AFTER_S = 1.0
 """A worker with nothing to do that sees no ticket for so long lists for itself."""
 HUNGRY_LOOKS_A_SECOND = 10.0
@@ -223,6 +227,11 @@ class Finder:
         """Whether tickets are to be expected. A coordinator whose worker is the only one leaves the looking to it."""
         return self._election.live and not (self._election.leading and self._alone())
 
+    @property
+    def _may_have_missed_board(self) -> bool:
+        """Whether there are others, who may have elected a coordinator since this worker looked."""
+        return bool(self._peers) and self._election.unseen_for_s >= MISSED_BOARD_AFTER_S
+
     def _due_in_s(self) -> float:
         return float("inf") if self._due_ms is None else self._due_ms / 1000 - self._shared.time.earliest()
 
@@ -237,7 +246,7 @@ class Finder:
         now = self._shared.clock.monotonic()
         self._prune(now)
         election = self._election
-        if not election.leading and election.board is not None:
+        if not election.leading and (election.board is not None or self._may_have_missed_board):
             await election.look()
         directly, self._directly = self._directly, False
         if directly or not self._is_coordinated:
@@ -380,12 +389,22 @@ class Finder:
         self._next_peers = now + self._shared.settings.heartbeat_interval
 
     async def _list_ready(self) -> tuple[list[Candidate], bool]:
+        # No more than will be claimed before the next look, here and by others: a long listing is slow, and stale before
+        # its end is reached.
+        self._limit = min(LIST_LIMIT_MAX, max(LIST_LIMIT_MIN, 2 * self._started) * (1 + len(self._peers)))
+        self._started = 0
+        found, busy = await self._list_first()
+        if self._more and self._limit < LIST_LIMIT_MAX and not any(map(self._is_own, found)):
+            # What is one's own may follow; trying for what is others' costs more than to look for it.
+            self._limit = LIST_LIMIT_MAX
+            found, busy = await self._list_first()
+        return found, busy
+
+    async def _list_first(self) -> tuple[list[Candidate], bool]:
+        """The first page with anything that may be claimed."""
         after = ""
         found: list[Candidate] = []
         busy = False
-        # No more than will be claimed before the next look: a long listing is slow, and stale before its end is reached.
-        self._limit = max(LIST_LIMIT_MIN, min(LIST_LIMIT_MAX, 2 * self._started))
-        self._started = 0
         for _ in range(PAGES_MAX):
             page = await self._scanner.ready(after=after, limit=self._limit)
             usable, held_by_others = await self._usable(page.keys)
@@ -396,6 +415,10 @@ class Finder:
                 break
             after = page.last
         return found, busy
+
+    def _is_own(self, candidate: Candidate) -> bool:
+        """Whether ranking gives a segment to this worker."""
+        return falls_to(self._lease.worker_id, candidate.key.name, self._peers)
 
     async def _list_delayed(self) -> tuple[list[Candidate], bool]:
         now = self._shared.clock.monotonic()
@@ -451,16 +474,25 @@ class Finder:
         if not self._peers:
             return sorted(found, key=lambda candidate: (-candidate.key.priority, candidate.key.ulid))
         now_s = self._shared.time.now_ms() / 1000
-        ranked: list[tuple[int, bool, str, Candidate]] = []
+        ranked: list[tuple[int, bool, int, str, Candidate]] = []
         for candidate in found:
             key = candidate.key
-            mine = falls_to(self._lease.worker_id, key.name, self._peers)
+            mine = self._is_own(candidate)
             if (
                 mine
                 or not leave_to_others
                 or key.place is Place.DELAYED
                 or now_s - key.created_ms / 1000 > OTHERS_AFTER_S
             ):
-                ranked.append((-key.priority, not mine, key.ulid, candidate))
-        ranked.sort(key=lambda item: item[:3])
-        return [item[3] for item in ranked]
+                # All who help out with what is others' would try the oldest at the same time.
+                apart = 0 if mine else -weight(self._lease.worker_id, key.name)
+                ranked.append((-key.priority, not mine, apart, key.ulid, candidate))
+        ranked.sort(key=lambda item: item[:4])
+        if leave_to_others:
+            # Others are at theirs meanwhile: another look costs less than tries that fail.
+            help_max = 0 if self._more and ranked and not ranked[0][1] else HELPED_AT_ONCE
+            others = [i for i, item in enumerate(ranked) if item[1]]
+            if len(others) > help_max:
+                del ranked[others[help_max] :]
+                self._more = True
+        return [item[4] for item in ranked]

@@ -94,11 +94,13 @@ def assign(
     now_ms: int,
     ttl_ms: int,
     limit: int,
+    ahead: Mapping[str, int] | None = None,
 ) -> Assignment:
     """Give each claimable segment to one worker with room for it.
 
-    A ticket stays with its worker while that has room, until it stalls; the rest goes to whoever has most room left.
-    When nobody has, a more urgent segment takes the place of the least urgent ticket.
+    A ticket stays with its worker while that has room, until it stalls; the rest goes to whoever can start most at once,
+    and when nobody can start any more, to whoever has least to wait for. When nobody has room, a more urgent segment takes
+    the place of the least urgent ticket.
 
     Args:
         segments: What nobody holds, most urgent first.
@@ -109,6 +111,7 @@ def assign(
         now_ms: Store time.
         ttl_ms: How long a worker may leave a ticket unused.
         limit: Tickets at most.
+        ahead: How much of its room a worker cannot start at once.
     """
     left = dict(rooms)
     given: dict[str, Ticket] = {}
@@ -126,17 +129,17 @@ def assign(
             kept.append(key)
         else:
             fresh.append(key)
-    most_room = _Rooms(left)
+    rooms_left = _Rooms(left, ahead or {})
     waiting = [(-key.priority, key.ulid, key) for key in fresh]
     heapq.heapify(waiting)
     while waiting:
         key = heapq.heappop(waiting)[2]
         avoid = stalled.get(key.name)
-        worker = most_room.take(key.count, avoid) if len(given) < limit else None
+        worker = rooms_left.take(key.count, avoid) if len(given) < limit else None
         if worker is None:
-            for gone in _give_way(key, kept, given, most_room):
+            for gone in _give_way(key, kept, given, rooms_left):
                 heapq.heappush(waiting, (-gone.priority, gone.ulid, gone))
-            worker = most_room.take(key.count, avoid) if len(given) < limit else None
+            worker = rooms_left.take(key.count, avoid) if len(given) < limit else None
         if worker is None:
             # What follows is no more urgent.
             break
@@ -146,52 +149,59 @@ def assign(
     return Assignment([given[key.name] for key in segments if key.name in given], list(stalled))
 
 
-def _give_way(key: SegmentKey, kept: list[SegmentKey], given: dict[str, Ticket], most_room: _Rooms) -> list[SegmentKey]:
+def _give_way(
+    key: SegmentKey, kept: list[SegmentKey], given: dict[str, Ticket], rooms_left: _Rooms
+) -> list[SegmentKey]:
     """Take back the least urgent tickets that were kept until there is room, if they are less urgent than this segment."""
     gone = []
     while kept and kept[-1].priority < key.priority:
         gone.append(kept.pop())
-        if most_room.give_back(given.pop(gone[-1].name).worker, gone[-1].count):
+        if rooms_left.give_back(given.pop(gone[-1].name).worker, gone[-1].count):
             break
     return gone
 
 
 class _Rooms:
-    """How much room each worker has left; finds who has most."""
+    """How much room each worker has left; finds who would start one more the soonest."""
 
-    def __init__(self, left: dict[str, int]) -> None:
+    def __init__(self, left: dict[str, int], ahead: Mapping[str, int]) -> None:
         self._left = left
-        # The checksum spreads workers with equal room differently than their names do. Entries of workers whose room
-        # has changed since are passed over.
-        self._heap = [(-room, zlib.crc32(worker.encode()), worker) for worker, room in left.items() if room > 0]
+        self._ahead = ahead
+        # Entries of workers whose room has changed since are passed over.
+        self._heap = [self._entry(worker) for worker, room in left.items() if room > 0]
         heapq.heapify(self._heap)
 
+    def _entry(self, worker: str) -> tuple[int, int, int, str]:
+        left = self._left[worker]
+        # The checksum spreads workers with equal room differently than their names do.
+        return self._ahead.get(worker, 0) - left, -left, zlib.crc32(worker.encode()), worker
+
     def take(self, count: int, avoid: str | None) -> str | None:
-        """Take room for so many messages at the worker with most of it, at another than ``avoid`` if there is one."""
+        """Take room for so many messages at the best worker that has any, at another than ``avoid`` if there is one."""
         entry = self._pop()
-        if entry is not None and entry[2] == avoid:
+        if entry is not None and entry[-1] == avoid:
             other = self._pop()
             if other is not None:
                 heapq.heappush(self._heap, entry)
                 entry = other
         if entry is None:
             return None
-        self._change(entry[2], -count)
-        return entry[2]
+        self._change(entry[-1], -count)
+        return entry[-1]
 
     def give_back(self, worker: str, count: int) -> bool:
         """Give room back; whether the worker has any now."""
         self._change(worker, count)
         return self._left[worker] > 0
 
-    def _pop(self) -> tuple[int, int, str] | None:
+    def _pop(self) -> tuple[int, int, int, str] | None:
         while self._heap:
             entry = heapq.heappop(self._heap)
-            if -entry[0] == self._left[entry[2]]:
+            if -entry[1] == self._left[entry[-1]]:
                 return entry
         return None
 
     def _change(self, worker: str, by: int) -> None:
         self._left[worker] += by
         if self._left[worker] > 0:
-            heapq.heappush(self._heap, (-self._left[worker], zlib.crc32(worker.encode()), worker))
+            heapq.heappush(self._heap, self._entry(worker))

@@ -130,6 +130,18 @@ def test_an_urgent_segment_takes_the_place_of_the_least_urgent_ticket() -> None:
     assert [ticket.key for ticket in got.tickets] == [urgent.text, low.text]
 
 
+def test_what_nobody_can_start_at_once_is_shared_evenly() -> None:
+    """First to whoever can start it; of what is given ahead a fast worker with much room gets no more than others."""
+    segments = keys([(0, n, 1) for n in range(40)])
+    rooms = {"fast": 1000, "slow": 30, "idle": 10}
+    tickets = assign(
+        segments, rooms, {}, now_ms=NOW_MS, ttl_ms=TTL_MS, limit=1000, ahead={"fast": 1000, "slow": 30}
+    ).tickets
+    workers = [ticket.worker for ticket in tickets]
+    assert workers[:10] == ["idle"] * 10
+    assert (workers.count("fast"), workers.count("slow"), workers.count("idle")) == (15, 15, 10)
+
+
 def test_load_is_spread_by_room() -> None:
     """Who has most room gets most tickets."""
     segments = keys([(0, n, 1) for n in range(30)])
