@@ -16,7 +16,9 @@ from benchmarks.throughput import MESSAGES, exact
 from benchmarks.worker import Seen, Work
 from benchmarks.workloads.common import Bench, Results, added, median, neighbours, per_million, rates, spread
 from s3queue_async import S3Queue
+from s3queue_async.protocol import layout
 from s3queue_async.storage.metered import OPERATIONS
+from s3queue_async.storage.open import storage_from_url
 
 CONCURRENCIES = (3, 10, 50)
 STEADY_RATES = (10, 100, 1000, 5000)
@@ -189,7 +191,7 @@ async def processes(bench: Bench) -> Results:
                     began = time.monotonic()
                     for worker in started:
                         worker.go()
-                    await _until_empty(queue)
+                    await _until_empty(queue, url)
                     seen = [await worker.seen(tell=True) for worker in started]
             _exact(seen, messages)
             found[number].append(messages / (max(max(one.starts, default=0.0) for one in seen) - began))
@@ -204,12 +206,21 @@ async def processes(bench: Bench) -> Results:
     }
 
 
-async def _until_empty(queue: S3Queue[bytes]) -> None:
-    while True:
-        stats = await queue.stats()
-        if not stats.pending + stats.delayed + stats.processing:
-            return
-        await asyncio.sleep(LOOK_S)
+async def _until_empty(queue: S3Queue[bytes], url: str) -> None:
+    """Return once nothing waits and nothing is held; looking takes next to nothing from those that are measured."""
+    storage = storage_from_url(url)
+    await storage.open()
+    try:
+        while True:
+            page = await storage.list(layout.READY, limit=1)
+            if not page.entries:
+                break
+            await asyncio.sleep(LOOK_S)
+    finally:
+        await storage.close()
+    stats = await queue.stats()
+    if stats.pending + stats.delayed + stats.processing:
+        raise RuntimeError(f"The queue should be empty: {stats}")
 
 
 def _exact(seen: Sequence[Seen], messages: int) -> None:
