@@ -217,6 +217,9 @@ class Claimer:
     def _start_next(self, group: TaskGroup) -> bool:
         """Start the best claim; False when no candidate is left."""
         now = self._shared.clock.monotonic()
+        if self._candidates and self._finder.overtaken:
+            self._candidates.clear()
+            self._finder.notice()
         while self._candidates:
             candidate = self._candidates.pop()
             if not self._finder.is_free(candidate.key.name, now) or now - self._looked_at > CANDIDATES_STALE_S:
@@ -355,7 +358,8 @@ class Claimer:
                 version = await shared.swap(
                     key.claim, claims.encode(claim), when=IfAbsent(), deadline_s=shared.settings.claim_trust
                 )
-            except Superseded:
+            except Superseded as lost:
+                candidate.claim = lost.stored
                 taken = True
                 group.cancel_scope.cancel()
             except QueueError as error:
@@ -522,8 +526,10 @@ class Claimer:
         """Look at the claim that is in the way; take the segment over if nobody holds it."""
         shared = self._shared
         key = candidate.key
+        # Who was refused because of a claim has read it already.
+        found, candidate.claim = candidate.claim, None
         try:
-            stored = await shared.storage.get(key.claim)
+            stored = found or await shared.storage.get(key.claim)
         except NotFound:
             self._finder.unblock(key.name)
             return await self._claim_fresh(candidate, None)

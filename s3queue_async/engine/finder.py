@@ -19,7 +19,7 @@ from s3queue_async.protocol.backoff import Polling
 from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.layout import Place, SegmentKey
 from s3queue_async.protocol.ranking import falls_to, weight
-from s3queue_async.storage.base import LIST_LIMIT_MAX
+from s3queue_async.storage.base import LIST_LIMIT_MAX, Stored
 
 LIST_LIMIT_MIN = 32
 BLOCKED_MAX = 20_000
@@ -27,6 +27,9 @@ GONE_LINGERS = 3
 """For so many times as long as claims linger a segment that was gone is not tried again."""
 OTHERS_AFTER_S = 0.5
 """How long a segment is left to the worker that ranking gives it to."""
+OWN_MIN = 8
+PAGE_LONGER = 4
+"""With fewer segments than that for this worker on a page of a long backlog, one that is so many times longer is listed."""
 HELPED_AT_ONCE = 32
 """So many segments that ranking gives to others are tried before the next look."""
 TICKETS_OF_OTHERS_AFTER_S = 2.0
@@ -56,12 +59,14 @@ class Candidate:
         key: The segment's key.
         written_at: Local time before this process wrote it, if it did.
         taken: Whether the try to claim it found somebody else's claim.
+        claim: That claim, until somebody looks at it.
         ticketed: Whether the coordinator named it.
     """
 
     key: SegmentKey
     written_at: float | None = None
     taken: bool = False
+    claim: Stored | None = None
     ticketed: bool = False
 
 
@@ -112,6 +117,7 @@ class Finder:
         self._more = False
         self._started = 0
         self._directly = False
+        self._uncoordinated = False
         self._hungry_s = HUNGRY_AFTER_S
         self._hungry_at = 0.0
         self._tickets: list[Ticket] = []
@@ -228,6 +234,11 @@ class Finder:
         return self._election.live and not (self._election.leading and self._alone())
 
     @property
+    def overtaken(self) -> bool:
+        """Whether a coordinator has begun to give away what was found for want of one."""
+        return self._uncoordinated and self._is_coordinated
+
+    @property
     def _may_have_missed_board(self) -> bool:
         """Whether there are others, who may have elected a coordinator since this worker looked."""
         return bool(self._peers) and self._election.unseen_for_s >= MISSED_BOARD_AFTER_S
@@ -249,7 +260,8 @@ class Finder:
         if not election.leading and (election.board is not None or self._may_have_missed_board):
             await election.look()
         directly, self._directly = self._directly, False
-        if directly or not self._is_coordinated:
+        self._uncoordinated = not directly and not self._is_coordinated
+        if directly or self._uncoordinated:
             if election.live:
                 self._peers = self._others()
             return await self._scan(now, leave_to_others=not directly)
@@ -379,7 +391,7 @@ class Finder:
         else:
             self._polling.empty(cap_s=BUSY_POLL_CAP_S if others_busy else None)
         self._next_look = shared.clock.monotonic() + self._polling.delay_s(shared.random.random())
-        if found and self._more:
+        if ranked and self._more:
             self._next_look = 0.0
         return ranked
 
@@ -394,9 +406,9 @@ class Finder:
         self._limit = min(LIST_LIMIT_MAX, max(LIST_LIMIT_MIN, 2 * self._started) * (1 + len(self._peers)))
         self._started = 0
         found, busy = await self._list_first()
-        if self._more and self._limit < LIST_LIMIT_MAX and not any(map(self._is_own, found)):
+        if self._more and self._limit < LIST_LIMIT_MAX and sum(map(self._is_own, found)) < OWN_MIN:
             # What is one's own may follow; trying for what is others' costs more than to look for it.
-            self._limit = LIST_LIMIT_MAX
+            self._limit = min(LIST_LIMIT_MAX, PAGE_LONGER * self._limit)
             found, busy = await self._list_first()
         return found, busy
 
