@@ -30,7 +30,7 @@ SLOW_FOR_S = 2.0
 SIZES = ((100, MESSAGES), (10_000, 5_120), (1_000_000, 96))
 PROCESSES = (1, 4)
 LOOK_S = 0.5
-SPREAD_MESSAGES = 512_000
+SPREAD_MESSAGES = 768_000
 MIXED_MESSAGES = 20_000
 MIXED_CHUNK = 500
 MIXED_SINGLES = 20
@@ -177,7 +177,7 @@ async def _enqueue_urgent(queue: S3Queue[bytes], payload: bytes) -> None:
 
 
 async def processes(bench: Bench) -> Results:
-    """The drain of a backlog by one, two and four worker processes that begin together."""
+    """The drain of a backlog by one and by four worker processes that begin together."""
     messages = bench.count(SPREAD_MESSAGES, multiple=256)
     found: dict[int, list[float]] = defaultdict(list)
     parts: dict[int, list[int]] = {}
