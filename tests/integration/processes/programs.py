@@ -34,6 +34,8 @@ class Task(msgspec.Struct, kw_only=True):
         seconds: How long it takes.
         concurrency: Of the worker.
         gate: A file: handlers wait until it is there.
+        halts: What the name of a file begins with that the process's number ends: once it is there, no handler of the
+            process ends any more.
         opens: A file: the queue is opened once it is there. Starting Python takes seconds on a busy machine.
         poison: The payload that kills the process.
         events: Names of the events to tell, beside those of workers and leases.
@@ -47,6 +49,7 @@ class Task(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
     concurrency: int = 10
     gate: str = ""
+    halts: str = ""
     opens: str = ""
     poison: int = -1
     events: list[str] = []
@@ -145,6 +148,8 @@ class Handler:
                 return
             case "sleep":
                 await asyncio.sleep(task.seconds)
+                if task.halts and os.path.exists(f"{task.halts}{self._pid}"):  # noqa: ASYNC240, PTH110 - as above
+                    await asyncio.Event().wait()
             case "gate":
                 await until_there(task.gate)
             case "poison":
