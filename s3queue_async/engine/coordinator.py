@@ -47,7 +47,10 @@ HEARTBEATS_LOOK_AT_REST = 3.0
 HEARTBEATS_LOOK_MIN_S = 0.5
 JOINERS_EVERY_S = 1.0
 """How often workers are listed while there is work: who has just registered is to get some."""
+DIRECT_CLAIMS_S = 2.0
+"""For so long after its election whatever ends without a ticket was probably claimed before it."""
 RATE_FADES_S = 1.0
+"""How long ago something was done that counts a third of what is done now, roughly."""
 RATE_FORGOTTEN_S = 3.0
 """Whoever did nothing for so long begins anew."""
 RATE_SEEN_MIN_S = 0.05
@@ -124,7 +127,7 @@ class Rates:
 
 
 class _Holding(NamedTuple):
-    """Who probably holds a segment ("" when that is not known), and since when at the earliest."""
+    """Who probably holds a segment ("" when that is not known), and since when as far as this coordinator saw."""
 
     worker: str
     since: float
@@ -183,7 +186,7 @@ class Coordinator:
         self._listed_to = ""
         self._room = 0
         self._holders: dict[str, _Holding] = {}
-        self._listed_at = -math.inf
+        self._listing_at = self._listed_at = self._began_at = -math.inf
         self._taken = Rates()
         self._finished = Rates()
         self._orphans: dict[str, float] = {}
@@ -230,7 +233,7 @@ class Coordinator:
                 # What somebody else wrote there is of no use; the listings say what is there.
                 self._tickets[SegmentKey.parse(ticket.key).name] = ticket
         self._published = None
-        self._listed_at = self._shared.clock.monotonic()
+        self._began_at = self._listed_at = self._shared.clock.monotonic()
         self._next_workers = self._next_delayed = -math.inf
         self._holders.clear()
         self._listed.clear()
@@ -339,6 +342,7 @@ class Coordinator:
 
     async def _list(self, now: float) -> tuple[list[SegmentKey], dict[str, float]]:
         """What is ready or due, most urgent first, and the claims of that age."""
+        self._listing_at = now
         floor = self._first_seen or layout.ulid(max(0, self._shared.time.now_ms() - int(1000 * FRESH_FOR_S)), 0)
         claims: dict[str, float] = {}
         segments: list[SegmentKey] = []
@@ -416,7 +420,7 @@ class Coordinator:
                 if holding.worker and name not in self._holders:
                     self._taken.add(holding.worker, key.count, now)
         self._orphans, self._holders = orphans, holders
-        self._listed_at = now
+        self._listed_at = self._listing_at
         return claimable
 
     def _holding(self, name: str) -> _Holding:
@@ -430,7 +434,8 @@ class Coordinator:
     def _note_finished(self, segments: list[SegmentKey], now: float) -> None:
         """Learn how fast workers are from the segments that were listed before and are gone.
 
-        What was claimed directly, mostly before the first tickets, is taken to be everybody's in equal shares.
+        What was claimed before the first tickets is taken to be everybody's in equal shares. Later only those claim without
+        a ticket who wrote a segment themselves, and need none.
         """
         before, self._listed = self._listed, {key.name: key for key in segments}
         unknown, unknown_since = 0, now
@@ -441,7 +446,7 @@ class Coordinator:
             worker, since = self._holding(name)
             if worker:
                 self._finished.add(worker, key.count, now, since)
-            else:
+            elif since <= self._began_at + DIRECT_CLAIMS_S:
                 unknown += key.count
                 unknown_since = min(unknown_since, since)
         share = unknown // self.active_workers
@@ -490,7 +495,7 @@ class Coordinator:
             else:
                 # Counts as room like any other: a few messages are cheapest with whoever is awake and ends many together.
                 taken = min(TAKEN_AHEAD_MAX * capacity, self._taken.lately(worker, now))
-                rooms[worker] = room + math.ceil(taken)
+                rooms[worker] = room + round(taken)
         return rooms, ahead
 
     # -- workers -------------------------------------------------------------------------------------------------

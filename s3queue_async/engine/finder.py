@@ -6,6 +6,8 @@ a while lists for itself, rarely, although the board looks live.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -32,6 +34,11 @@ PAGE_LONGER = 4
 """With fewer segments than that for this worker on a page of a long backlog, one that is so many times longer is listed."""
 HELPED_AT_ONCE = 32
 """So many segments that ranking gives to others are tried before the next look."""
+OTHER_ORDER_S = 10.0
+"""How often a worker tries them in another order."""
+PASSED_OVER_S = 5.0
+PASSED_OVER_MAX = 8
+"""What its worker has left unclaimed for so long, others try before their own: so many at a look."""
 TICKETS_OF_OTHERS_AFTER_S = 2.0
 """How long a ticket is left to its worker, or two of its looks at the board if that is longer."""
 BUSY_POLL_CAP_S = 1.0
@@ -68,6 +75,9 @@ class Candidate:
     taken: bool = False
     claim: Stored | None = None
     ticketed: bool = False
+
+
+_Ranked = tuple[int, int, int, str, Candidate]
 
 
 class Finder:
@@ -118,6 +128,7 @@ class Finder:
         self._started = 0
         self._directly = False
         self._uncoordinated = False
+        self._left: dict[str, float] = {}
         self._hungry_s = HUNGRY_AFTER_S
         self._hungry_at = 0.0
         self._tickets: list[Ticket] = []
@@ -260,7 +271,10 @@ class Finder:
         if not election.leading and (election.board is not None or self._may_have_missed_board):
             await election.look()
         directly, self._directly = self._directly, False
-        self._uncoordinated = not directly and not self._is_coordinated
+        uncoordinated, self._uncoordinated = self._uncoordinated, not directly and not self._is_coordinated
+        if uncoordinated and self._is_coordinated:
+            # The first tickets are under way.
+            self._hungry_at = max(self._hungry_at, now + self._patience_s)
         if directly or self._uncoordinated:
             if election.live:
                 self._peers = self._others()
@@ -270,7 +284,7 @@ class Finder:
             self._plan(found=bool(found), busy=election.board is not None and election.board.busy)
             return found
         self._peers = self._others()
-        found = [candidate for candidate in await self._scan(now) if self._is_neglected(candidate)]
+        found = await self._scan(now, wanted=self._is_neglected)
         self._hungry_s = self._patience_s if found else min(HUNGRY_MAX_S, 2 * max(self._hungry_s, self._patience_s))
         now = self._shared.clock.monotonic()
         # What is somebody else's may be nobody's by then.
@@ -358,8 +372,10 @@ class Finder:
 
     def _others(self) -> list[str]:
         board = self._election.board
-        own = self._lease.worker_id
-        return [] if board is None else [worker for worker in board.workers if worker != own]
+        if board is None or not board.workers:
+            # A new coordinator has not looked around yet.
+            return self._peers
+        return [worker for worker in board.workers if worker != self._lease.worker_id]
 
     def _is_neglected(self, candidate: Candidate) -> bool:
         """Whether the coordinator, or the worker that it chose, had time enough for a segment."""
@@ -373,8 +389,10 @@ class Finder:
 
     # -- by listings ---------------------------------------------------------------------------------------------
 
-    async def _scan(self, now: float, *, leave_to_others: bool = True) -> list[Candidate]:
-        """List what may be claimable, best first; without what is left to others for a moment, unless told so."""
+    async def _scan(
+        self, now: float, *, leave_to_others: bool = True, wanted: Callable[[Candidate], bool] | None = None
+    ) -> list[Candidate]:
+        """List what may be claimable and is wanted, best first; without what is left to others, unless told so."""
         shared = self._shared
         if now >= self._next_peers and not self._election.live:
             await self._list_peers(now)
@@ -382,7 +400,7 @@ class Finder:
         others_busy = False
         for listed in (self._list_ready, self._list_delayed):
             candidates, busy = await listed()
-            found += candidates
+            found += candidates if wanted is None else filter(wanted, candidates)
             others_busy = others_busy or busy
         ranked = self._ranked(found, leave_to_others=leave_to_others)
         self.listed += 1
@@ -406,7 +424,8 @@ class Finder:
         self._limit = min(LIST_LIMIT_MAX, max(LIST_LIMIT_MIN, 2 * self._started) * (1 + len(self._peers)))
         self._started = 0
         found, busy = await self._list_first()
-        if self._more and self._limit < LIST_LIMIT_MAX and sum(map(self._is_own, found)) < OWN_MIN:
+        too_few = bool(self._peers) and sum(map(self._is_own, found)) < OWN_MIN
+        if too_few and self._more and self._limit < LIST_LIMIT_MAX:
             # What is one's own may follow; trying for what is others' costs more than to look for it.
             self._limit = min(LIST_LIMIT_MAX, PAGE_LONGER * self._limit)
             found, busy = await self._list_first()
@@ -451,7 +470,7 @@ class Finder:
         found: list[Candidate] = []
         busy = False
         for key in keys:
-            if self._known(key.name):
+            if self._known(key.name) or self._gone.get(key.name, now) > now:
                 continue
             if self._blocked.get(key.name, now) > now:
                 busy = busy or key.count > 1
@@ -482,29 +501,57 @@ class Finder:
         return free, busy
 
     def _ranked(self, found: list[Candidate], *, leave_to_others: bool) -> list[Candidate]:
-        """Highest priority and then oldest first; of these, what falls to this worker before what falls to others."""
+        """Highest priority first; of these, what falls to this worker, oldest first, before what falls to others.
+
+        Unless told otherwise that is left to them: for a moment, and in a backlog that is longer than the listing as long
+        as there is some of one's own. What they pass over comes first, a little of it at a time.
+        """
         if not self._peers:
             return sorted(found, key=lambda candidate: (-candidate.key.priority, candidate.key.ulid))
+        now = self._shared.clock.monotonic()
         now_s = self._shared.time.now_ms() / 1000
-        ranked: list[tuple[int, bool, int, str, Candidate]] = []
+        own: list[_Ranked] = []
+        others: list[_Ranked] = []
+        left: dict[str, float] = {}
         for candidate in found:
             key = candidate.key
-            mine = self._is_own(candidate)
-            if (
-                mine
-                or not leave_to_others
-                or key.place is Place.DELAYED
-                or now_s - key.created_ms / 1000 > OTHERS_AFTER_S
-            ):
-                # All who help out with what is others' would try the oldest at the same time.
-                apart = 0 if mine else -weight(self._lease.worker_id, key.name)
-                ranked.append((-key.priority, not mine, apart, key.ulid, candidate))
-        ranked.sort(key=lambda item: item[:4])
+            if self._is_own(candidate):
+                own.append((-key.priority, 1, 0, key.ulid, candidate))
+                continue
+            if key.place is Place.READY:
+                left[key.name] = self._left.get(key.name, now)
+                if leave_to_others and now_s - key.created_ms / 1000 <= OTHERS_AFTER_S:
+                    continue
+            # All who help out would try the same ones first; and always the same ones last.
+            apart = -weight(self._lease.worker_id, f"{key.name}/{now_s // OTHER_ORDER_S}")
+            others.append((-key.priority, 2, apart, key.ulid, candidate))
+        self._left = left
         if leave_to_others:
-            # Others are at theirs meanwhile: another look costs less than tries that fail.
-            help_max = 0 if self._more and ranked and not ranked[0][1] else HELPED_AT_ONCE
-            others = [i for i, item in enumerate(ranked) if item[1]]
-            if len(others) > help_max:
-                del ranked[others[help_max] :]
-                self._more = True
-        return [item[4] for item in ranked]
+            own, others = self._worth_a_try(own, others, now)
+        return [item[4] for item in sorted(own + others, key=lambda item: item[:4])]
+
+    def _worth_a_try(
+        self, own: list[_Ranked], others: list[_Ranked], now: float
+    ) -> tuple[list[_Ranked], list[_Ranked]]:
+        """Others are at theirs meanwhile: another look costs less than tries that fail."""
+        most_urgent_own = min((item[0] for item in own), default=math.inf)
+        passed_over = [item for item in others if now - self._left.get(item[4].key.name, -math.inf) >= PASSED_OVER_S]
+        oldest = heapq.nsmallest(
+            PASSED_OVER_MAX * (1 + len(self._peers)), passed_over, key=lambda item: (item[0], item[3])
+        )
+        first = {item[3] for item in heapq.nsmallest(PASSED_OVER_MAX, oldest, key=lambda item: (item[0], item[2]))}
+        tried: list[_Ranked] = []
+        most_urgent_left = math.inf
+        for item in sorted(others, key=lambda item: item[:4]):
+            if item[3] in first:
+                tried.append((item[0], 0, *item[2:]))
+            elif (not self._more or item[0] < most_urgent_own) and len(tried) < HELPED_AT_ONCE:
+                tried.append(item)
+            else:
+                most_urgent_left = min(most_urgent_left, item[0])
+                if item[4].key.place is Place.DELAYED:
+                    self._next_delayed = 0.0
+        if most_urgent_left < math.inf:
+            self._more = True
+        # What is left to others is not to be overtaken by what is less urgent.
+        return [item for item in own if item[0] <= most_urgent_left], tried

@@ -97,6 +97,7 @@ class _Document:
 
         def start(name: str, attributes: Any) -> None:
             nonlocal current
+            name = name.rpartition(":")[2]
             texts.clear()
             if not self.root:
                 self.root = name
@@ -105,6 +106,7 @@ class _Document:
 
         def end(name: str) -> None:
             nonlocal current
+            name = name.rpartition(":")[2]
             if name == item:
                 items.append(current)
                 current = fields

@@ -304,7 +304,7 @@ class S3Storage:
             reply: Any = await client.list_objects_v2(**self._list_args(prefix, after, limit))
         except FOREIGN_ERRORS as error:
             raise self._translate(error, "ListObjectsV2", prefix) from error
-        return self._page(prefix, reply[_LISTING], _date_s(reply))
+        return self._page(prefix, reply.get(_LISTING, b""), _date_s(reply))
 
     def _list_args(self, prefix: str, after: str, limit: int) -> dict[str, Any]:
         args: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self._root + prefix, "MaxKeys": limit}

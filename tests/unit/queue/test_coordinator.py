@@ -234,6 +234,33 @@ async def test_workers_on_one_backlog_keep_out_of_each_others_way() -> None:
 
 
 @virtual
+async def test_nothing_is_left_to_a_worker_that_stands_still_while_there_is_more() -> None:
+    """Without a coordinator, in a backlog that does not end: others do what falls to a worker whose handlers hang."""
+    bed = Bed(latency_s=0.02)
+    settings = Settings(coordinator=False, segment_messages_max=1)
+    await _enqueue(bed, settings, 600)
+    workers = Workers(bed, settings, 3, seconds=0.2)
+
+    async def hang(payload: int) -> None:
+        await anyio.sleep_forever()
+
+    async with (
+        anyio.create_task_group() as group,
+        bed.queue(settings=settings, on_message=hang, concurrency=2) as standing,
+        bed.queue(settings=settings) as producer,
+    ):
+        await standing.start_processing()
+        await group.start(workers.run)
+        for more in range(600, 3000, 300):
+            await producer.enqueue_many(range(more, more + 300))
+            await workers.changed.count(more - 300)
+        assert len(workers.handled) < 2900
+        # All but what it holds.
+        assert sum(number in workers.handled for number in range(600)) > 575
+        group.cancel_scope.cancel()
+
+
+@virtual
 async def test_workers_that_began_before_the_election_are_soon_at_full_speed_by_tickets() -> None:
     """Whoever knows of others looks for their board, and the first tickets are for as much as all took until then."""
     bed = Bed(latency_s=0.02)

@@ -369,6 +369,31 @@ async def test_listings(client: Client, pretty: bool) -> None:
     }
 
 
+async def test_a_listing_with_a_prefix_for_its_namespace(client: Client) -> None:
+    """Names of elements count without it."""
+    text = (
+        '<s3:ListBucketResult xmlns:s3="http://s3.amazonaws.com/doc/2006-03-01/"><s3:Contents><s3:Key>root/a</s3:Key>'
+        "<s3:LastModified>2025-01-01T00:00:07Z</s3:LastModified><s3:ETag>&quot;1&quot;</s3:ETag><s3:Size>3</s3:Size>"
+        "</s3:Contents></s3:ListBucketResult>"
+    )
+    async with serving(client) as (fake, storage):
+        fake.replies.append((200, {}, text.encode()))
+        page = await storage.list("")
+    assert [(entry.key, entry.version, entry.size) for entry in page.entries] == [("a", '"1"', 3)]
+
+
+async def test_a_listing_that_is_none(client: Client) -> None:
+    """An error under status 200 is that error; whatever else is no listing is not taken for an empty one."""
+    async with serving(client) as (fake, storage):
+        fake.replies.append(error_reply(200, "SlowDown"))
+        with pytest.raises(Throttled):
+            await storage.list("a")
+        for status, body in ((200, b"<html/>"), (200, b""), (206, b"<html/>")):
+            fake.replies.append((status, {}, body))
+            with pytest.raises(StoreUnavailable, match="no listing"):
+                await storage.list("a")
+
+
 async def test_must_be_open(client: Client) -> None:
     """Before open and after close every call says so; opening twice is fine."""
     async with serving(client) as (fake, storage):
