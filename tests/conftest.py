@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from itertools import count
 
@@ -14,6 +15,11 @@ from s3queue_async.testing import servers
 BUCKET = "s3queue-tests"
 READER = "reader-key"
 """An access key of the SeaweedFS server that may read and write, but not list."""
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background has them ignore SIGINT, and so would the programs that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
