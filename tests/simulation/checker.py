@@ -105,10 +105,15 @@ def _may_overlap(history: History, earlier: Run, later: Run) -> bool:
         # The clock of a suspended machine stands: it trusts its lease until its next heartbeat is refused.
         stops_within_s = {"pause": STOPS_WITHIN_S, "suspend": history.settings.visibility_timeout}.get(done.kind)
         if stops_within_s is not None and later.started_s <= done.until_s + stops_within_s:
-            ended_s = earlier.ended_s if crashed is None or earlier.ended_s is not None else crashed
+            ended_s = _ended_s(history, earlier)
             if ended_s is not None and ended_s <= done.until_s + stops_within_s:
                 return True
     return False
+
+
+def _ended_s(history: History, run: Run) -> float | None:
+    """When a handler ended, or its process with it."""
+    return history.crashed_at.get(run.process) if run.ended_s is None else run.ended_s
 
 
 def _disturbances(history: History, earlier: Run, later: Run) -> list[Disturbance]:
@@ -145,12 +150,13 @@ def _cause(history: History, earlier: Run, later: Run) -> str | None:
 def _slept(history: History, run: Run) -> bool:
     """Whether a holder began this run in the belief that the lease was good, because its clock had stood still."""
     within_s = history.settings.visibility_timeout
+    ended_s = _ended_s(history, run)
     return any(
         done.kind == "suspend"
         and done.process == run.process
         and done.until_s <= run.started_s <= done.until_s + within_s
-        and run.ended_s is not None
-        and run.ended_s <= done.until_s + within_s
+        and ended_s is not None
+        and ended_s <= done.until_s + within_s
         for done in history.disturbed
     )
 

@@ -362,6 +362,7 @@ class Cluster:
             rng.shuffle(keys)
             workers = [*self.living.values(), "nobody"]
             tickets = [Ticket(key, rng.choice(workers), rng.randint(0, 2**41), rng.random() < 0.5) for key in keys[:20]]
+            self.watch.spoil(tickets)
         spoiled = msgspec.structs.replace(board, nonce=f"{rng.getrandbits(64):x}", tickets=tickets)
         store.put(BOARD, boards.encode(spoiled), None, 0.0)
 

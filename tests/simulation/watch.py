@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -14,6 +15,7 @@ from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
+from s3queue_async.protocol.board import Ticket
 from s3queue_async.protocol.claim import Claim
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.protocol.segment import is_void
@@ -45,6 +47,8 @@ class Watch:
         self._owners: dict[str, tuple[str, int]] = {}
         self._unclaimed_since: dict[str, float] = {}
         self._reserved_until: dict[str, float] = {}
+        self._spoiled: set[Ticket] = set()
+        self._in_order_since = 0.0
         self._term = (0, "")
         self._leased_until: dict[str, float] = {}
         self._fenced = history.fenced = {}
@@ -88,13 +92,20 @@ class Watch:
         if found is not None and leased_until is not None and now < leased_until:
             self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
 
+    def spoil(self, tickets: Iterable[Ticket]) -> None:
+        """Somebody puts tickets on the board in any order: it is followed until no board has them any more."""
+        self._spoiled = set(tickets)
+        self._in_order_since = math.inf
+
     def _board(self) -> None:
         """Only one publishes: terms grow, and a term has one leader; whoever deletes the board begins anew."""
         found = self._store.objects.get(BOARD)
-        if found is None:
+        board = None if found is None else boards.decode(BOARD, found.body)
+        if self._in_order_since == math.inf and (board is None or self._spoiled.isdisjoint(board.tickets)):
+            self._in_order_since = self._store.world.time()
+        if board is None:
             self._term = (0, "")
             return
-        board = boards.decode(BOARD, found.body)
         term, leader = self._term
         if board.term < term or (board.term == term and board.leader != leader):
             at_s = self._store.world.time() - 1000
@@ -163,7 +174,7 @@ class Watch:
             if claimed is not None:
                 for key, since_s in since.items():
                     # Others leave a first ticket to the worker whose it is, busy as that may be.
-                    free_s = max(since_s, self._reserved_until.get(key, since_s))
+                    free_s = max(since_s, self._reserved_until.get(key, since_s), self._in_order_since)
                     if self._key(key).priority > self._key(claimed).priority and free_s < seen_after_s:
                         self._history.problems.append(f"{claimed} was claimed before {key}, which waits longer")
         self._unclaimed_since = since
