@@ -312,7 +312,7 @@ def _sum_up(cluster: Cluster, figures: Figures, count: int, took_s: float, began
 
 
 async def _kill(cluster: Cluster, figures: Figures, count: int, per_s: float) -> None:
-    """A worker in the middle of its work, then the coordinator."""
+    """The worker with the most in hand, then the coordinator."""
     more = max(20, int(per_s * 20))
 
     async def load(first: int) -> None:
@@ -325,9 +325,12 @@ async def _kill(cluster: Cluster, figures: Figures, count: int, per_s: float) ->
     async with anyio.create_task_group() as group:
         group.start_soon(load, count)
         await anyio.sleep(5 + cluster.handler_s / 2)
-        victim = next(n for n, queue in enumerate(cluster.queues) if not queue.is_coordinator)
+        running: dict[int, list[int]] = {n: [] for n, queue in enumerate(cluster.queues) if not queue.is_coordinator}
+        for message, starts in cluster.started.items():
+            if not cluster.done[message] and starts[-1][1] in running:
+                running[starts[-1][1]].append(message)
+        victim, held = max(running.items(), key=lambda item: len(item[1]))
         killed_at = cluster.kill(victim)
-        held = [n for n, starts in cluster.started.items() if starts[-1][1] == victim and not cluster.done[n]]
         while not all(any(who != victim for _, who in cluster.started[n]) for n in held):
             await anyio.sleep(0.25)
         if held:
