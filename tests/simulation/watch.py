@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -48,7 +47,7 @@ class Watch:
         self._unclaimed_since: dict[str, float] = {}
         self._reserved_until: dict[str, float] = {}
         self._spoiled: set[Ticket] = set()
-        self._in_order_since = 0.0
+        self._hidden_until: dict[str, float] = {}
         self._term = (0, "")
         self._leased_until: dict[str, float] = {}
         self._fenced = history.fenced = {}
@@ -93,16 +92,23 @@ class Watch:
             self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
 
     def spoil(self, tickets: Iterable[Ticket]) -> None:
-        """Somebody puts tickets on the board in any order: it is followed until no board has them any more."""
+        """Somebody puts tickets on the board: workers follow it until another one is published."""
+        self._hide()
         self._spoiled = set(tickets)
-        self._in_order_since = math.inf
+
+    def _hide(self) -> None:
+        """Whoever follows a spoiled board sees only what that names."""
+        if self._spoiled:
+            now, named = self._store.world.time(), {ticket.key for ticket in self._spoiled}
+            self._hidden_until.update((key, now) for key in self._unclaimed_since if key not in named)
 
     def _board(self) -> None:
         """Only one publishes: terms grow, and a term has one leader; whoever deletes the board begins anew."""
         found = self._store.objects.get(BOARD)
         board = None if found is None else boards.decode(BOARD, found.body)
-        if self._in_order_since == math.inf and (board is None or self._spoiled.isdisjoint(board.tickets)):
-            self._in_order_since = self._store.world.time()
+        if board is None or self._spoiled.isdisjoint(board.tickets):
+            self._hide()
+            self._spoiled.clear()
         if board is None:
             self._term = (0, "")
             return
@@ -172,9 +178,10 @@ class Watch:
             claimed = next((k for k in self._unclaimed_since if self._key(k).claim == changed), None)
             seen_after_s = now - self._history.settings.max_poll_interval - OVERTAKING_S
             if claimed is not None:
+                self._hide()
                 for key, since_s in since.items():
                     # Others leave a first ticket to the worker whose it is, busy as that may be.
-                    free_s = max(since_s, self._reserved_until.get(key, since_s), self._in_order_since)
+                    free_s = max(since_s, self._reserved_until.get(key, since_s), self._hidden_until.get(key, since_s))
                     if self._key(key).priority > self._key(claimed).priority and free_s < seen_after_s:
                         self._history.problems.append(f"{claimed} was claimed before {key}, which waits longer")
         self._unclaimed_since = since

@@ -15,6 +15,7 @@ from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import layout
 from s3queue_async.protocol.board import Board, Ticket
 from s3queue_async.storage.base import Stored
+from s3queue_async.testing.clock import store_now
 from tests.unit.queue.bed import Bed, Seen, eventually, virtual
 from tests.unit.queue.test_takeover import Killable
 
@@ -304,6 +305,31 @@ async def test_a_live_board_without_a_coordinator_behind_it() -> None:
         assert anyio.current_time() - began < 12
         group.cancel_scope.cancel()
     assert set(workers.handled.values()) == {1}
+
+
+@virtual
+async def test_an_urgent_ticket_that_its_worker_leaves_unused_comes_before_ones_own() -> None:
+    """A worker with tickets of its own does not let a more urgent message wait for a worker that is busy."""
+    bed = Bed()
+    seen = Seen()
+
+    async def handle(payload: object) -> None:
+        seen(payload)
+
+    live = Board("n", 9, "somebody", "leading", 3600.0, workers={"somebody": 10})
+    async with bed.queue() as producer:
+        await write(bed, live)
+        async with bed.queue(settings=Settings(coordinator=False)) as queue:
+            await queue.start_processing(handle, concurrency=1)
+            await producer.enqueue("own")
+            (own,) = await bed.keys(layout.READY)
+            await producer.enqueue("urgent", priority=9)
+            (urgent,) = {*await bed.keys(layout.READY)} - {own}
+            now_ms = int(1000 * store_now())
+            tickets = [Ticket(own, queue.worker_id or "", now_ms), Ticket(urgent, "somebody", now_ms, stalled=True)]
+            await write(bed, msgspec.structs.replace(live, nonce="m", tickets=tickets))
+            await seen.count(2)
+    assert seen.items == ["urgent", "own"]
 
 
 @virtual
