@@ -26,11 +26,14 @@ from s3queue_async.storage.plugin import PluginStorage
 T = TypeVar("T")
 
 PROBE_NAMESPACE = "probe"
-_RACERS = 8
-_LOSERS_MIN = 8
-"""Refused racers that make a race conclusive: of those whose reply was lost or throttled nothing is known."""
-_RACES_MIN = 2
-_RACES_MAX = 6
+_RACERS = 2
+"""Creators of one key at once. SeaweedFS has each that meets another ask for its lock again a second later, so that a
+second goes by for every further one; two show as well as many what a store does that looks first and writes then."""
+_RACES = 8
+"""Keys that are raced for at once."""
+_ROUNDS_MAX = 3
+_LOSERS_MIN = 6
+"""Refused racers that are enough: of those whose reply was lost or throttled nothing is known."""
 _THROTTLED_TRIES = 5
 _THROTTLED_PAUSE_S = 1.1
 _UNAVAILABLE_TRIES = 5
@@ -91,11 +94,7 @@ class _Probe:
         stale, current = await self._check_sequence()
         await self._check_missing(stale)
         conditional_delete = await self._check_delete(stale, current)
-        losers = 0
-        for race in range(_RACES_MAX):
-            losers += await self._check_race(f"{self.prefix}race-{race}")
-            if race + 1 >= _RACES_MIN and losers >= _LOSERS_MIN:
-                break
+        await self._check_races()
         await self._check_listing()
         return Capabilities(conditional_delete)
 
@@ -140,47 +139,20 @@ class _Probe:
             return False
         return True
 
-    async def _check_race(self, key: str) -> int:
-        """Have one key created by several at once; returns how many were refused."""
-        winners: list[bytes] = []
+    async def _check_races(self) -> None:
+        """Have each of some keys created by several at once, until enough of them were refused."""
         losers = 0
-        unknown: dict[bytes, QueueError] = {}
-
-        async def create() -> None:
-            nonlocal losers
-            body = self._body()
-            try:
-                await self._view.put(key, body, when=IfAbsent())
-            except (PreconditionFailed, Conflict):
-                losers += 1
-            except QueueError as error:
-                unknown[body] = error
-            else:
-                winners.append(body)
-
-        async with anyio.create_task_group() as group:
-            for _ in range(_RACERS):
-                group.start_soon(create)
-        if len(winners) > 1:
-            raise _unsupported(
-                f"{_RACERS} concurrent PUTs of one key with If-None-Match: *",
-                f"success to {len(winners)}",
-                "success to one",
-            )
-        try:
-            found = await self._view.get(key)
-        except NotFound:
-            stored = b""
-        else:
-            assert isinstance(found, Stored)  # only a read that names a version is answered otherwise
-            stored = found.body
-        if winners and stored != winners[0]:
-            raise _unsupported("a read of what the winner of a race wrote", "something else", "the winner's body")
-        if not winners and stored not in unknown:
-            for error in unknown.values():
-                raise error
-            raise _unsupported(f"{_RACERS} concurrent PUTs with If-None-Match: *", "412 to all", "success to one")
-        return losers
+        for number in range(_ROUNDS_MAX):
+            races = [_Race(f"{self.prefix}race-{number}-{key}") for key in range(_RACES)]
+            async with anyio.create_task_group() as group:
+                for race in races:
+                    for _ in range(_RACERS):
+                        group.start_soon(race.create, self._view, self._body())
+            for race in races:
+                await race.judge(self._view)
+            losers += sum(race.losers for race in races)
+            if losers >= _LOSERS_MIN:
+                return
 
     async def _check_listing(self) -> None:
         prefix = f"{self.prefix}list/"
@@ -240,6 +212,48 @@ class _Probe:
         except (PreconditionFailed, Conflict):
             return False
         return isinstance(written, Written)
+
+
+class _Race:
+    """One key that several create at once."""
+
+    def __init__(self, key: str) -> None:
+        self.losers = 0
+        self._key = key
+        self._winners: list[bytes] = []
+        self._unknown: dict[bytes, QueueError] = {}
+
+    async def create(self, view: PluginStorage, body: bytes) -> None:
+        try:
+            await view.put(self._key, body, when=IfAbsent())
+        except (PreconditionFailed, Conflict):
+            self.losers += 1
+        except QueueError as error:
+            self._unknown[body] = error
+        else:
+            self._winners.append(body)
+
+    async def judge(self, view: PluginStorage) -> None:
+        """Raises StoreUnsupported unless just one won."""
+        if len(self._winners) > 1:
+            raise _unsupported(
+                f"{_RACERS} concurrent PUTs of one key with If-None-Match: *",
+                f"success to {len(self._winners)}",
+                "success to one",
+            )
+        try:
+            found = await view.get(self._key)
+        except NotFound:
+            stored = b""
+        else:
+            assert isinstance(found, Stored)  # only a read that names a version is answered otherwise
+            stored = found.body
+        if self._winners and stored != self._winners[0]:
+            raise _unsupported("a read of what the winner of a race wrote", "something else", "the winner's body")
+        if not self._winners and stored not in self._unknown:
+            for error in self._unknown.values():
+                raise error
+            raise _unsupported(f"{_RACERS} concurrent PUTs with If-None-Match: *", "412 to all", "success to one")
 
 
 def _unsupported(request: str, answer: str, right: str) -> StoreUnsupported:
