@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -174,9 +173,9 @@ def _shown(figures: list[float]) -> str:
 
 def _concurrency(parts: Parts) -> tuple[str, bool]:
     rows = _part(parts, "concurrency")["rows"]
-    found = [row["process_rate"] for row in rows]
+    ratios = [row["ratio"] for row in rows[1:]]
     shown = ", ".join(f"{row['concurrency']}: {row['process_rate']:,.0f}" for row in rows)
-    return shown, all(after >= 0.95 * before for before, after in itertools.pairwise(found))
+    return f"{shown}; ratios of neighbours {' and '.join(f'{ratio:.2f}' for ratio in ratios)}", min(ratios) >= 0.95
 
 
 def _processes(parts: Parts) -> tuple[str, bool]:

@@ -222,8 +222,17 @@ def _steady(part: Any) -> Iterator[Sheet]:
 
 
 def _concurrency(part: Any) -> Iterator[Sheet]:
-    rows = [[str(row["concurrency"]), _n(row["process_rate"])] for row in part["rows"]]
-    yield Sheet("Handlers at a time", ("concurrency", "process/s"), rows, plot="performance-load.png")
+    yield Sheet(
+        "Handlers at a time",
+        ("concurrency", "process/s", "beside the row above"),
+        [
+            [str(row["concurrency"]), _n(row["process_rate"]), "" if row["ratio"] is None else _n(row["ratio"], 2)]
+            for row in part["rows"]
+        ],
+        note=f"A backlog of {part['messages']:,} messages and one worker process, from the word to begin to the last "
+        "handler. The last column is the median of the ratios of neighbouring runs.",
+        plot="performance-load.png",
+    )
 
 
 def _slow(part: Any) -> Iterator[Sheet]:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarks.contenders.base import DIGITS
-from benchmarks.contenders.ours import Counted
+from benchmarks.contenders.ours import CONCURRENCY, Counted
 from s3queue_async import S3Queue, Settings
 from s3queue_async.storage.base import Storage
 from s3queue_async.storage.metered import MeteredStorage
@@ -41,7 +41,7 @@ class Work:
     """
 
     url: str
-    concurrency: int = 32
+    concurrency: int = CONCURRENCY
     settings: dict[str, Any] = field(default_factory=dict)
     delay_s: float = 0.0
     stop_after: int | None = None

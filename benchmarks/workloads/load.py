@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import anyio
 
 from benchmarks.contenders.base import Drained, drain, payloads
-from benchmarks.contenders.ours import Ours
+from benchmarks.contenders.ours import CONCURRENCY, Ours
 from benchmarks.processes import workers
 from benchmarks.throughput import MESSAGES, exact
 from benchmarks.worker import Seen, Work
@@ -21,6 +21,7 @@ from s3queue_async.storage.metered import OPERATIONS
 from s3queue_async.storage.open import storage_from_url
 
 CONCURRENCIES = (3, 10, 50)
+CONCURRENCY_MESSAGES = 192_000
 STEADY_RATES = (10, 100, 1000, 5000)
 STEADY_S = 4.0
 TICK_S = 0.01
@@ -39,12 +40,18 @@ MIXED_SINGLES = 20
 
 async def concurrency(bench: Bench) -> Results:
     """The drain of a backlog by the number of handlers at a time."""
-    runs: dict[int, list[Drained]] = defaultdict(list)
-    for _ in range(bench.rounds):
-        for most in CONCURRENCIES:
-            contender = Ours(bench.place(f"concurrency-{most}"), concurrency=most)
-            runs[most].append(exact(await drain(contender, bench.count(2 * MESSAGES, multiple=256))))
-    return {"rows": [{"concurrency": most, **rates(runs[most])} for most in CONCURRENCIES]}
+    messages = bench.count(CONCURRENCY_MESSAGES, multiple=256)
+    found: dict[int, list[float]] = defaultdict(list)
+    for number in range(bench.rounds + 1 if bench.rounds > 1 else 1):
+        # There and back, so that a machine that slows down or recovers favours none.
+        for most in CONCURRENCIES if number % 2 == 0 else reversed(CONCURRENCIES):
+            rate, _ = await _drained(bench, messages, [most])
+            found[most].append(rate)
+    rows: list[Results] = []
+    for before, most in zip((None, *CONCURRENCIES), CONCURRENCIES, strict=False):
+        ratio = None if before is None else neighbours(found[most], found[before])
+        rows.append({"concurrency": most, "process_rate": round(median(found[most]), 1), "ratio": ratio})
+    return {"messages": messages, "rows": rows}
 
 
 async def slow(bench: Bench) -> Results:
@@ -184,18 +191,8 @@ async def processes(bench: Bench) -> Results:
     # Long runs, so that getting up to speed counts for little: a round less.
     for _ in range(max(1, bench.rounds - 1)):
         for number in PROCESSES:
-            url = bench.url(bench.place(f"processes-{number}"))
-            async with S3Queue[bytes](url) as queue:
-                await queue.enqueue_many(payloads(messages))
-                async with workers([Work(url)] * number) as started:
-                    began = time.monotonic()
-                    for worker in started:
-                        worker.go()
-                    await _until_empty(queue, url)
-                    seen = [await worker.seen(tell=True) for worker in started]
-            _exact(seen, messages)
-            found[number].append(messages / (max(max(one.starts, default=0.0) for one in seen) - began))
-            parts[number] = sorted(len(one.numbers) for one in seen)
+            rate, parts[number] = await _drained(bench, messages, [CONCURRENCY] * number)
+            found[number].append(rate)
     return {
         "messages": messages,
         "ratio": neighbours(found[PROCESSES[-1]], found[PROCESSES[0]]),
@@ -204,6 +201,26 @@ async def processes(bench: Bench) -> Results:
             for number in PROCESSES
         ],
     }
+
+
+async def _drained(bench: Bench, messages: int, concurrencies: Sequence[int]) -> tuple[float, list[int]]:
+    """Drain a backlog by worker processes with so many handlers each.
+
+    Returns:
+        Messages a second, from the word to begin to the last handler; and how many each handled, the least first.
+    """
+    url = bench.url(bench.place("drained"))
+    async with S3Queue[bytes](url) as queue:
+        await queue.enqueue_many(payloads(messages))
+        async with workers([Work(url, concurrency) for concurrency in concurrencies]) as started:
+            began = time.monotonic()
+            for worker in started:
+                worker.go()
+            await _until_empty(queue, url)
+            seen = [await worker.seen(tell=True) for worker in started]
+    _exact(seen, messages)
+    rate = messages / (max(max(one.starts, default=0.0) for one in seen) - began)
+    return rate, sorted(len(one.numbers) for one in seen)
 
 
 async def _until_empty(queue: S3Queue[bytes], url: str) -> None:

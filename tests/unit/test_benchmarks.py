@@ -80,6 +80,17 @@ def test_a_promise_is_judged_by_the_figure(ratio: float, met: bool) -> None:
         assert f"enqueue {ratio:.2f}" in found[judged].seen
 
 
+@pytest.mark.parametrize(("ratio", "met"), [(0.95, True), (0.94, False)])
+def test_more_handlers_are_judged_by_neighbouring_runs(ratio: float, met: bool) -> None:
+    """Runs that followed each other decide, not the medians, which a machine that slows down pulls apart."""
+    rows = [
+        {"concurrency": most, "process_rate": rate, "ratio": beside}
+        for most, rate, beside in ((3, 100.0, None), (10, 80.0, 1.0), (50, 120.0, ratio))
+    ]
+    (verdict,) = (one for one in verdicts({"concurrency": {"rows": rows}}) if one.met is not None)
+    assert (verdict.met, verdict.seen) == (met, f"3: 100, 10: 80, 50: 120; ratios of neighbours 1.00 and {ratio:.2f}")
+
+
 def test_the_document_has_every_part() -> None:
     """The committed figures are those of a whole run at full size."""
     committed = figures()
