@@ -176,12 +176,14 @@ class Recovery:
         """Objects of a probe that was killed; looked for once in a worker's life, since probes are rare."""
         if self._probes_swept:
             return
-        page = await self._probes.list("")
-        old = [
-            entry.key for entry in page.entries if self._probes.expired(entry.modified_s, self._shared.time.earliest())
-        ]
-        if old:
-            await self._probes.delete_many(old)
+        while True:
+            page = await self._probes.list("")
+            now_s = self._shared.time.earliest()
+            old = [entry.key for entry in page.entries if self._probes.expired(entry.modified_s, now_s)]
+            if old:
+                await self._probes.delete_many(old)
+            if len(old) < len(page.entries) or not page.more:
+                break
         self._probes_swept = not page.entries
 
     async def _sweep_history(self, retain_s: float) -> None:

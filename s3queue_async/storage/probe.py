@@ -41,6 +41,7 @@ _UNAVAILABLE_PAUSE_S = 0.05
 _LISTED = 6
 """Keys whose order is looked at; a store without order shows the right one by chance once in 720 times."""
 _CLEANUP_FAILURES_MAX = 10
+_CLEANUP_ROUNDS_MAX = 300
 _CLEANUP_PAUSE_S = 0.05
 
 
@@ -149,10 +150,18 @@ class _Probe:
                     for _ in range(_RACERS):
                         group.start_soon(race.create, self._view, self._body())
             for race in races:
-                await race.judge(self._view)
+                race.judge(await self._stored(race.key))
             losers += sum(race.losers for race in races)
             if losers >= _LOSERS_MIN:
                 return
+
+    async def _stored(self, key: str) -> bytes:
+        try:
+            found = await self._again(lambda: self._view.get(key))
+        except NotFound:
+            return b""
+        assert isinstance(found, Stored)  # only a read that names a version is answered otherwise
+        return found.body
 
     async def _check_listing(self) -> None:
         prefix = f"{self.prefix}list/"
@@ -218,14 +227,14 @@ class _Race:
     """One key that several create at once."""
 
     def __init__(self, key: str) -> None:
+        self.key = key
         self.losers = 0
-        self._key = key
         self._winners: list[bytes] = []
         self._unknown: dict[bytes, QueueError] = {}
 
     async def create(self, view: PluginStorage, body: bytes) -> None:
         try:
-            await view.put(self._key, body, when=IfAbsent())
+            await view.put(self.key, body, when=IfAbsent())
         except (PreconditionFailed, Conflict):
             self.losers += 1
         except QueueError as error:
@@ -233,21 +242,14 @@ class _Race:
         else:
             self._winners.append(body)
 
-    async def judge(self, view: PluginStorage) -> None:
-        """Raises StoreUnsupported unless just one won."""
+    def judge(self, stored: bytes) -> None:
+        """Raises StoreUnsupported unless just one won, and the key has what it wrote."""
         if len(self._winners) > 1:
             raise _unsupported(
                 f"{_RACERS} concurrent PUTs of one key with If-None-Match: *",
                 f"success to {len(self._winners)}",
                 "success to one",
             )
-        try:
-            found = await view.get(self._key)
-        except NotFound:
-            stored = b""
-        else:
-            assert isinstance(found, Stored)  # only a read that names a version is answered otherwise
-            stored = found.body
         if self._winners and stored != self._winners[0]:
             raise _unsupported("a read of what the winner of a race wrote", "something else", "the winner's body")
         if not self._winners and stored not in self._unknown:
@@ -273,17 +275,19 @@ async def _clean_up(view: PluginStorage, prefix: str, clock: Clock) -> QueueErro
     """Delete whatever is under the prefix; returns what is in the way when it cannot be done."""
     problem: QueueError = StoreUnavailable("The probe's objects keep coming back.")
     seen: list[str] = []
-    failures = 0
-    # Shielded: a probe that is cancelled still takes its objects away. Bounded: a round without progress is a failure.
+    failures = rounds = 0
+    # Shielded: a probe that is cancelled still takes its objects away. Bounded: by rounds without progress, as a store may
+    # refuse every other request, and by rounds altogether, as one may list what is gone.
     with anyio.CancelScope(shield=True):
-        while failures < _CLEANUP_FAILURES_MAX:
+        while failures < _CLEANUP_FAILURES_MAX and rounds < _CLEANUP_ROUNDS_MAX:
+            rounds += 1
             pause_s = 0.0
             try:
                 page = await view.list(prefix)
                 if not page.entries:
                     return None
                 keys = [entry.key for entry in page.entries]
-                failures += keys == seen
+                failures = failures + 1 if keys == seen else 0
                 seen = keys
                 await _delete_each(view, keys)
             except QueueError as error:

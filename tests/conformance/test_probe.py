@@ -220,6 +220,24 @@ async def test_says_what_it_could_not_remove(memory: MemoryStorage) -> None:
     assert "may be left under plugin/probe/" in caught.value.__notes__[0]
 
 
+async def test_a_store_that_often_refuses_is_cleaned_up(memory: MemoryStorage) -> None:
+    """Refusals do not keep the probe from deleting its objects as long as one goes now and then."""
+    faulty = FaultyStorage(memory)
+    for race in range(8):
+        faulty.throttle("delete", key=f"*/race-0-{race}", times=2)
+    assert (await probe(faulty, random=random.Random(1), clock=_NoWait())).conditional_delete
+    assert faulty.pending == []
+    assert await keys_of(memory) == []
+
+
+async def test_reads_after_a_race_are_tried_again(memory: MemoryStorage) -> None:
+    """A read whose reply is lost says nothing about a store."""
+    faulty = FaultyStorage(memory)
+    faulty.lose_reply("get", key="*/race-*", times=3)
+    assert (await probe(faulty, random=random.Random(1), clock=_NoWait())).conditional_delete
+    assert faulty.pending == []
+
+
 class _NoWait:
     def monotonic(self) -> float:
         return 0.0

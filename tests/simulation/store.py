@@ -417,7 +417,7 @@ class _Request:
 
     def _apply(self) -> Any:
         store = self.store
-        if self.is_write and not self.client._may_write(self.key):
+        if self.operation in ("put", "delete") and not self.client._may_write(self.key):
             store.faults.counts["429 for one key"] += 1
             store.failed_at[self.key] = self.world.time()
             self.answer(Throttled(f"{self.operation} {self.key}: too many writes of one key."))
