@@ -54,6 +54,7 @@ class Election:
         self._published_at = -math.inf
         self._since = -math.inf
         self._gone = False
+        self._unresigned: Board | None = None
         self._elected = Wakeup()
         self.leading = False
         self.refused = False
@@ -138,6 +139,9 @@ class Election:
             self.board = Board("", self.term, "", "resigned", self.ttl_s)
         self._version, self._modified_s = stored.version, stored.modified_s
         self.term = max(self.term, self.board.term)
+        if self._unresigned is not None and self.board.term >= self._unresigned.term:
+            own = self.board.leader == self._worker_id and self.board.state == "leading"
+            self._unresigned = self.board if own else None
         if not self.live:
             self._changed.set()
 
@@ -182,10 +186,12 @@ class Election:
             [] if before is None else before.tickets,
             {} if before is None else before.workers,
         )
+        # It may land although its reply is never seen here.
+        self._unresigned = board
         if not await self._swap(board):
             return
         if self._gone:
-            await self._resign(board)
+            await self._resign()
             return
         self.leading = True
         self._since = began
@@ -197,21 +203,25 @@ class Election:
         """Write the board over the one that was seen last; whether it is there now."""
         began = self._shared.clock.monotonic()
         body = boards.encode(board)
-        when = IfAbsent() if self._version is None else IfVersion(self._version)
+        before = self._version
+        when = IfAbsent() if before is None else IfVersion(before)
         self._store.throttled = False
         try:
             version = await self._shared.swap(
                 layout.BOARD, body, when=when, deadline_s=self.ttl_s / 2, storage=self._store
             )
         except Superseded as lost:
-            self._see(lost.stored)
+            if self._version == before:
+                self._see(lost.stored)
             return False
         finally:
             self.refused = self._store.throttled
-        # Dated by what a reply said before it was written: others see a later date.
-        self.board, self._version, self._modified_s = board, version, self._shared.time.seen()
-        self.term = board.term
         self._published_at = began
+        if self._version == before:
+            # Dated by what a reply said before it was written: others see a later date.
+            self.board, self._version, self._modified_s = board, version, self._shared.time.seen()
+            self.term = board.term
+            self._unresigned = board if board.state == "leading" else None
         return True
 
     # -- leading -------------------------------------------------------------------------------------------------
@@ -272,7 +282,8 @@ class Election:
     async def hand_over(self) -> None:
         """Resign in favour of any other worker, as the term has lasted long enough."""
         self._hold_off()
-        await self._end_term("its term is over")
+        self.demote("its term is over")
+        await self._resign()
 
     def _hold_off(self) -> None:
         elections = HOLD_OFF_ELECTIONS * self._shared.settings.election_interval
@@ -281,20 +292,16 @@ class Election:
     async def leave(self) -> None:
         """Stand no more, and resign if this process leads, so that the next one takes over at once."""
         self._gone = True
-        await self._end_term("it leaves")
+        self.demote("it leaves")
+        await self._resign()
 
-    async def _end_term(self, reason: str) -> None:
-        board = self.board
-        if not self.leading or board is None:
-            return
-        self.demote(reason)
+    async def _resign(self) -> None:
+        """End the term on the board, also when a write of this process comes first whose reply it has not seen."""
         try:
-            await self._resign(board)
+            while (board := self._unresigned) is not None:
+                await self._swap(msgspec.structs.replace(board, nonce=self._shared.nonce(), state="resigned"))
         except (StoreUnavailable, Throttled) as error:
             log.warning("the board stays until its time is over", error=str(error))
-
-    async def _resign(self, board: Board) -> None:
-        await self._swap(msgspec.structs.replace(board, nonce=self._shared.nonce(), state="resigned"))
 
 
 class _Watched(PluginStorage):

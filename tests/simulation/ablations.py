@@ -17,6 +17,7 @@ import pytest
 
 from s3queue_async.engine import (
     claimer,
+    election,
     finder,
     producer,
     recovery,
@@ -500,6 +501,22 @@ def board_condition(patch: Patch) -> None:
         return await original(self, key, body, **options)
 
     patch.setattr(shared.Shared, "swap", careless)
+
+
+@ablation(
+    "A resignation that loses against a late write of the same coordinator is made again",
+    focus=more(calm=True, deeds={"terminate": 12}, settings={"coordinator": True}, fields={"workers": 4}),
+)
+def resigned_over_own(patch: Patch) -> None:
+    original = election.Election._swap
+
+    async def once(self: Any, board: Any) -> bool:
+        written = await original(self, board)
+        if board.state == "resigned":
+            self._unresigned = None
+        return written
+
+    patch.setattr(election.Election, "_swap", once)
 
 
 @ablation("A ticket makes nothing due", focus=more(fields={"hints": {"tickets mixed up": 8}}))

@@ -20,7 +20,7 @@ import msgspec
 from s3queue_async import Context, DeadLetter, Keyring, QueueError, Release, Retry, S3Queue
 from s3queue_async.engine.config import FORMAT_VERSION, QueueConfig
 from s3queue_async.engine.recovery import PROBE_OVER_S
-from s3queue_async.events import EnqueueAmbiguous, LeaseLostEvent, WorkerStarted
+from s3queue_async.events import EnqueueAmbiguous, LeaseLostEvent, WorkerStarted, WorkerStopped
 from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import layout
 from s3queue_async.protocol.board import Ticket
@@ -34,6 +34,8 @@ STUTTER_S = 0.4
 """How long a process that stutters stands still at a time, on average; less than the smallest margin of a lease."""
 LULL_S = 15.0
 """How long producers sometimes wait: workers that hold nothing beat rarely then."""
+RESIGNING_S = 30.0
+"""What happened to a process or to the board longer ago than this does not keep a worker that leaves from resigning."""
 COLLECT_EVERY = 8
 """Seeds between two collections of garbage."""
 LEFT_ALONE = (layout.CONFIG, "plugin/totals/", BOARD, "plugin/dedup/", layout.DEAD, layout.HISTORY)
@@ -124,9 +126,21 @@ class Cluster:
                 self.living.pop(str(process), None)
 
         queue.on("lease.lost", on_lost)
+        queue.on(WorkerStopped.name, partial(self._stopped, process))
         queue.on(WorkerStarted.name, lambda event: self.living.update({str(process): event.worker_id}))
         queue.on(EnqueueAmbiguous.name, lambda event: self.history.ambiguous.update(event.message_ids))
         return queue
+
+    def _stopped(self, process: Process, event: WorkerStopped) -> None:
+        """A coordinator that drains undisturbed leaves no board behind that others must wait for."""
+        since_s = self.world.time() - RESIGNING_S
+        disturbed = any(done.process == str(process) and done.until_s > since_s for done in self.history.disturbed)
+        found = self.store.objects.get(BOARD)
+        if found is None or event.reason != "drained" or disturbed or self.store.failed_at.get(BOARD, 0.0) > since_s:
+            return
+        board = boards.decode(BOARD, found.body)
+        if board.leader == event.worker_id and board.state == "leading":
+            self.history.problems.append(f"left without resigning: {event.worker_id} at {self.world.time() - 1000:.2f}")
 
     async def worker(self, process: Process) -> None:
         while not process.stop.is_set():
