@@ -47,6 +47,8 @@ HEARTBEATS_LOOK_AT_REST = 3.0
 HEARTBEATS_LOOK_MIN_S = 0.5
 JOINERS_EVERY_S = 1.0
 """How often workers are listed while there is work: who has just registered is to get some."""
+JOINING_S = 10.0
+"""For so long after a new worker was seen they are listed as often without work: others are often started with it."""
 DIRECT_CLAIMS_S = 2.0
 """For so long after its election whatever ends without a ticket was probably claimed before it."""
 RATE_FADES_S = 1.0
@@ -177,8 +179,10 @@ class Coordinator:
         self._publish_every_s = 0.0
         self._woken = Wakeup()
         self._workers: dict[str, Peer] = {}
+        self._known: set[str] = set()
         self._next_workers = -math.inf
         self._next_joiners = -math.inf
+        self._joined_at = -math.inf
         self._next_delayed = -math.inf
         self._due_ms: int | None = None
         self._first_seen = ""
@@ -232,6 +236,8 @@ class Coordinator:
             with suppress(ValueError):
                 # What somebody else wrote there is of no use; the listings say what is there.
                 self._tickets[SegmentKey.parse(ticket.key).name] = ticket
+        # Who is on the last coordinator's board has not just joined.
+        self._known = set(board.workers) if board else set()
         self._published = None
         self._began_at = self._listed_at = self._shared.clock.monotonic()
         self._next_workers = self._next_delayed = -math.inf
@@ -277,7 +283,9 @@ class Coordinator:
             soonest_s = max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
             intervals = HEARTBEATS_LOOK_AT_REST if self._at_rest and not self.busy else HEARTBEATS_LOOK
             self._next_workers = now + min(soonest_s, intervals * shared.settings.heartbeat_interval)
-        elif (self._tickets or self.busy or self.active_workers == 1) and now >= self._next_joiners:
+        elif now >= self._next_joiners and (
+            self._tickets or self.busy or self.active_workers == 1 or now - self._joined_at < JOINING_S
+        ):
             await self._look_at_workers(changed_too=False)
         if self.active_workers == 1:
             return await self._lead_alone()
@@ -521,7 +529,10 @@ class Coordinator:
             # Segments that were gone already; an orphan that is forgotten is found by its age.
             self._dead_held.clear()
         self._dead_held.update(gone)
+        if not alive.keys() <= self._known:
+            self._joined_at = self._shared.clock.monotonic()
         self._workers = alive
+        self._known = set(alive)
         self._taken.keep(alive)
         self._finished.keep(alive)
         held_by = {name: worker for worker, peer in alive.items() for name in peer.heartbeat.held}

@@ -186,6 +186,24 @@ async def test_a_lone_worker_stays_coordinator_and_publishes_no_tickets() -> Non
 
 
 @virtual
+async def test_a_coordinator_at_rest_soon_knows_all_workers_of_a_fleet_that_starts() -> None:
+    """Everybody's patience goes by how many workers it knows, also for the first message after a rest."""
+    bed = Bed(latency_s=0.01)
+    workers = Workers(bed, Settings(), 2)
+    more = [Workers(bed, Settings(), 5) for _ in range(4)]
+    async with anyio.create_task_group() as group:
+        await group.start(workers.run)
+        leader = await workers.elected()
+        for joining in more:
+            await anyio.sleep(4)
+            await group.start(joining.run)
+        await anyio.sleep(6)
+        assert len((await board_of(bed)).workers) == 22
+        assert leader.is_coordinator
+        group.cancel_scope.cancel()
+
+
+@virtual
 async def test_followers_claim_by_tickets() -> None:
     """Single messages go to all workers by tickets; hardly a claim is tried in vain, and nobody lists but the leader."""
     bed = Bed(latency_s=0.02)
