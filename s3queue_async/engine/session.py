@@ -24,6 +24,7 @@ from s3queue_async.engine.registry import FENCED, NOT_RENEWED, Counters, Lease, 
 from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
+from s3queue_async.engine.together import together
 from s3queue_async.errors import LeaseLost, QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.events import (
     LeaseLostEvent,
@@ -250,10 +251,10 @@ class Session:
                     elif reason == NOT_RENEWED:
                         await self.lease.give_up()
                     else:
-                        await self.election.leave()
-                        # The heartbeat is to go even when there are more claims than time.
+                        # The heartbeat is to go even when there are more claims than time, or the board does not answer.
                         with anyio.move_on_after(FAREWELL_S / 2):
-                            await self.settler.disown_ended()
+                            last_words = (self.election.leave, self.settler.disown_ended)
+                            await together(last_words, lambda say: say(), at_once=len(last_words))
                         await self.lease.leave()
                 except (StoreUnavailable, Throttled) as error:
                     log.warning("the heartbeat stays until it runs out", worker=self.worker_id, error=str(error))

@@ -37,12 +37,13 @@ from tests.unit.queue import test_coincidences as coincidences
 SHOWN_LINES = 40
 EVERY_FAULT_AFTER = 1000
 """From this many seeds on, each kind of fault must have happened."""
-REGRESSIONS = (61, 138, 163, 263, 2914, 3422, 3583, 10694)
+REGRESSIONS = (61, 138, 163, 263, 1074, 2914, 3422, 3583, 10694)
 """Seeds that failed once: a ticket made a delayed message due (61); a coordinator's resignation lost against its own last
-publication (138, 263); a coordinator was deposed in the middle of a cycle (163); a copy that landed too late hid one that
-had been run (2914); a local clock that had just jumped made one due (3422); a stale ticket was followed again and again
-(3583); a DELETE that waited for its turn made an enqueue ambiguous (10694). A change in how often chance is asked gives
-them another meaning; the safeguards are ablations, too, whose seeds ``make ablations`` finds anew."""
+publication (138, 263), or waited for a reply until no time was left to delete the heartbeat (1074); a coordinator was
+deposed in the middle of a cycle (163); a copy that landed too late hid one that had been run (2914); a local clock that had
+just jumped made one due (3422); a stale ticket was followed again and again (3583); a DELETE that waited for its turn made
+an enqueue ambiguous (10694). A change in how often chance is asked gives them another meaning; the safeguards are
+ablations, too, whose seeds ``make ablations`` finds anew."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 
 from s3queue_async import S3Queue, Settings
 from tests.unit.queue.bed import Bed, eventually, virtual
-from tests.unit.queue.test_coordinator import BOARD, TTL_S, Workers, board_of
+from tests.unit.queue.test_coordinator import BOARD, TTL_S, WORKERS, Workers, board_of
 
 
 async def followed(bed: Bed, before: str | None) -> None:
@@ -109,8 +109,12 @@ async def test_a_resignation_that_fails_is_made_when_the_worker_ends() -> None:
     async with anyio.create_task_group() as group, bed.queue() as producer:
         await group.start(workers.run)
         leader = await workers.elected()
-        await producer.enqueue_many(range(30))
-        await anyio.sleep(5)
+        await producer.enqueue_many(range(300))
+
+        async def at_work() -> bool:
+            return leader._session is not None and leader._session.feed.running > 0
+
+        await eventually(at_work)
         fault = bed.faults.unavailable("put", key=BOARD)
         began = anyio.current_time()
         leader_id = leader.worker_id
@@ -121,6 +125,22 @@ async def test_a_resignation_that_fails_is_made_when_the_worker_ends() -> None:
         await followed(bed, leader_id)
         # The handlers' thirty seconds, and a look at the board of the others.
         assert anyio.current_time() - began < 30 + 60 + 5
+        group.cancel_scope.cancel()
+
+
+@virtual
+async def test_the_heartbeat_goes_although_the_board_does_not_answer() -> None:
+    """Nobody waits for the lease of a worker that left, whatever became of its term."""
+    bed = Bed(latency_s=0.01)
+    workers = Workers(bed, Settings(), 1)
+    async with anyio.create_task_group() as group:
+        await group.start(workers.run)
+        leader = await workers.elected()
+        worker_id = leader.worker_id
+        bed.faults.hold("get", "put", key=BOARD, times=None)
+        await leader.drain()
+        assert (await board_of(bed)).leader == worker_id
+        assert await bed.keys(WORKERS) == []
         group.cancel_scope.cancel()
 
 
