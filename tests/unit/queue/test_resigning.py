@@ -149,16 +149,15 @@ async def test_a_coordinator_that_leaves_resigns_nobody_elses_board() -> None:
     """Its election was answered too late: another one leads, and stays."""
     bed = Bed(latency_s=0.01)
     storage, faults = bed.lane()
-    late = Workers(bed, Settings(), 1)
+    others = Workers(bed, Settings(), 1)
     await bed.open()
     async with anyio.create_task_group() as group:
         gate = faults.hold("put", key=BOARD)
-        late_queue = bed.queue(storage=storage, settings=Settings(), on_message=_nothing)
-        async with late_queue:
-            await late_queue.start_processing()
+        async with bed.queue(storage=storage, settings=Settings(), on_message=_nothing) as late:
+            await late.start_processing()
             await gate.reached.wait()
-            await group.start(late.run)
-            leader = await late.elected()
+            await group.start(others.run)
+            leader = await others.elected()
             await anyio.sleep(1)
             before = await board_of(bed)
         assert await board_of(bed) == before
