@@ -10,10 +10,11 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from s3queue_async.errors import StoreUnavailable, StoreUnsupported
+from s3queue_async.errors import StoreUnavailable, StoreUnsupported, Throttled
 from s3queue_async.storage.base import (
     LIST_LIMIT_MAX,
     Condition,
+    Conflict,
     Deleted,
     IfAbsent,
     IfVersion,
@@ -149,13 +150,16 @@ async def test_refuses_what_lists_without_order(shuffles: bool, message: str) ->
     assert await keys_of(storage) == []
 
 
-async def test_a_race_of_which_nothing_is_known_is_held_again(memory: MemoryStorage) -> None:
-    """Requests that were throttled race with nobody: another race is held, and shows the store's fault."""
+@pytest.mark.parametrize(
+    ("error", "racers"), [(Throttled("slow down"), 1), (Conflict("key"), 1), (Conflict("key"), 2)], ids=str
+)
+async def test_a_race_of_which_nothing_is_known_is_held_again(error: Exception, racers: int) -> None:
+    """Requests that were not tried race with nobody: another race is held, and shows the store's fault."""
     storage = _Ignores("races")
     await storage.open()
     faulty = FaultyStorage(storage)
     for race in range(8):
-        faulty.throttle("put", key=f"*race-0-{race}", times=1)
+        faulty.fail(error, "put", key=f"*race-0-{race}", times=racers)
     with pytest.raises(StoreUnsupported, match="concurrent PUTs"):
         await probe(faulty, random=random.Random(1))
     assert faulty.pending == []
