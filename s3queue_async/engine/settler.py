@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice, takewhile
 
 import anyio
 import msgspec
@@ -154,17 +155,19 @@ class Settler:
 
     async def sweep_linger(self, *, all_of_them: bool = False) -> None:
         """Delete claims whose segments have been gone for long enough (or all: when no other worker exists)."""
-        while self._linger and (all_of_them or self._is_over(self._linger[0])):
-            batch: list[_Lingering] = []
-            while self._linger and len(batch) < LINGER_BATCH_MAX and (all_of_them or self._is_over(self._linger[0])):
-                batch.append(self._linger.popleft())
+        while batch := self._gone(all_of_them=all_of_them):
             # A request of its producer that came late may have brought a young segment back: it goes first.
-            keys = [item.revivable for item in batch if item.revivable] + [item.claim_key for item in batch]
-            try:
-                await self._delete(keys)
-            except (StoreUnavailable, Throttled):
-                self._linger.extendleft(reversed(batch))
-                raise
+            claim_keys = [item.claim_key for item in batch]
+            await self._delete([item.revivable for item in batch if item.revivable] + claim_keys)
+            # Not before: until the claims are deleted, who leaves must disown them (found by simulation, seed 4577).
+            deleted = set(claim_keys)
+            while self._linger and self._linger[0].claim_key in deleted:
+                self._linger.popleft()
+
+    def _gone(self, *, all_of_them: bool) -> list[_Lingering]:
+        """The next batch whose segments have been gone for long enough; the oldest come first."""
+        oldest = islice(self._linger, LINGER_BATCH_MAX)
+        return list(oldest if all_of_them else takewhile(self._is_over, oldest))
 
     def _is_over(self, item: _Lingering) -> bool:
         # By the store's time, too: should the local clock jump ahead, a claim must not go too soon.
@@ -275,14 +278,13 @@ class Settler:
         except Superseded:
             for held in batch:
                 self.lose(held, TAKEN)
-        except LeaseLost as error:
-            for held in batch:
-                self.lose(held, str(error))
         except QueueError as error:
-            if not self._lease.trusted:
+            if self._lease.lost is not None:
                 for held in batch:
                     self.lose(held, str(error))
                 return
+            # That it is not trusted now may be due to a clock that jumped: until it is lost, a heartbeat may renew it
+            # (found by simulation, seed 15699).
             log.warning("settling failed, trying again", segment=batch[0].name, error=str(error))
             await self._shared.clock.sleep(REST_S)
             for held in batch:

@@ -49,6 +49,67 @@ async def test_a_local_clock_that_jumps_does_not_cut_a_linger_short() -> None:
 
 
 @virtual
+async def test_a_local_clock_that_jumps_while_a_heartbeat_is_under_way() -> None:
+    """The lease seems to be over for a moment, until that heartbeat's reply comes: what was finished then is settled."""
+    bed = Bed()
+    lane, faults = bed.lane()
+    runs = Seen()
+    clock = LoopClock()
+    ends = anyio.Event()
+
+    async def handle(payload: str) -> None:
+        runs(payload)
+        await ends.wait()
+
+    lapsed_s = 1.0
+    async with S3Queue[str](storage=lane, settings=YOUNG, clock=clock, on_message=handle) as queue:
+        await queue.enqueue("one")
+        await runs.count(1)
+        await anyio.sleep(1)
+        beating = faults.hold_reply("put", key="plugin/workers/*")
+        await beating.reached.wait()
+        clock.offset_s += YOUNG.visibility_timeout - YOUNG.lease_margin - YOUNG.heartbeat_interval + lapsed_s
+        ends.set()
+        await anyio.sleep(1)
+        beating.open()
+        await anyio.sleep(5 * YOUNG.visibility_timeout)
+    assert runs.items == ["one"]
+    assert await bed.leftovers() == []
+
+
+@virtual
+async def test_a_worker_leaves_while_its_delete_of_a_claim_is_lost() -> None:
+    """A write of the segment that was repeated on its way has brought it back meanwhile: nobody runs its message again."""
+    bed = Bed()
+    lane, faults = bed.lane()
+    runs = Seen()
+
+    async def handle(payload: str) -> None:
+        runs(payload)
+
+    async with bed.queue(settings=YOUNG, storage=lane, on_message=handle) as leaving:
+        ending = faults.hold("delete", key="ready/*")
+        lost = faults.hold("delete_many", key="claims/*")
+        faults.unavailable("delete_many", key="claims/*")
+        await leaving.enqueue("one")
+        await runs.count(1)
+        await ending.reached.wait()
+        (key,) = await bed.keys(layout.READY)
+        copy = bed.bodies()[key]
+        ending.open()
+        await anyio.sleep(YOUNG.segment_age / 2)
+        assert await bed.keys(layout.READY) == []
+        await bed.memory.put(key, copy)
+        async with bed.queue(settings=YOUNG, on_message=handle) as staying:
+            await staying.start_processing()
+            await lost.reached.wait()
+            await leaving.drain()
+            await anyio.sleep(5 * YOUNG.visibility_timeout)
+    assert runs.items == ["one"]
+    assert await bed.leftovers() == []
+
+
+@virtual
 async def test_a_late_delete_while_a_settlement_is_finished_by_another() -> None:
     """A worker is killed with its DELETE under way. It lands while another one, which has read the segment, is about to
     write what moved out of it; that was run meanwhile, and its claim is gone: it is not written a second time.
