@@ -12,6 +12,7 @@ from tests.simulation.history import Disturbance, History, Loss, Run
 
 DUE_TOLERANCE_S = 1.5
 """Servers' clocks differ by a second, and a due time is rounded."""
+COPY = "copy after the last worker left"
 STOPS_WITHIN_S = 0.2
 """How long after it goes on a process that stood still may take to cancel what it held."""
 
@@ -57,8 +58,8 @@ def _check_runs(history: History, message_id: str, runs: list[Run], problems: li
         if later.token < earlier.token and _slept(history, later):
             causes["suspend"] += 1
             continue
-        _check_pair(history, message_id, earlier, later, problems, causes)
-        if later.token <= earlier.token and not ambiguous:
+        cause = _check_pair(history, message_id, earlier, later, problems, causes)
+        if later.token <= earlier.token and not ambiguous and cause != COPY:
             problems.append(f"token did not grow: {message_id} {earlier.token} -> {later.token}")
     done_s = history.done_at.get(message_id, float("inf"))
     for run in runs:
@@ -76,14 +77,14 @@ def _check_runs(history: History, message_id: str, runs: list[Run], problems: li
 
 def _check_pair(
     history: History, message_id: str, earlier: Run, later: Run, problems: list[str], causes: Counter[str]
-) -> None:
-    """A second start needs a reason: the first one asked for it, or its holder was disturbed."""
+) -> str | None:
+    """A second start needs a reason, which is returned: the first one asked for it, or its holder was disturbed."""
     over = earlier.ended_s is not None and earlier.ended_s <= later.started_s
     ambiguous = message_id in history.ambiguous
     if not over and not ambiguous and not _may_overlap(history, earlier, later):
         problems.append(f"two holders: {message_id} on {earlier.process} and {later.process}")
     if over and earlier.outcome in ("Release", "Retry", "ValueError", "cancelled"):
-        return
+        return earlier.outcome
     cause = _cause(history, earlier, later)
     if cause is None and ambiguous:
         cause = "ambiguous enqueue"
@@ -94,6 +95,7 @@ def _check_pair(
         )
     else:
         causes[cause] += 1
+    return cause
 
 
 def _may_overlap(history: History, earlier: Run, later: Run) -> bool:
@@ -144,6 +146,9 @@ def _cause(history: History, earlier: Run, later: Run) -> str | None:
         mine = loss.process == earlier.process and loss.worker_id == earlier.worker_id and loss.of_the_worker
         if mine and loss.at_s >= earlier.started_s - 1e-9:
             return kinds[0] if kinds else "cut off by the store"
+    left_s = history.left_alone_at.get(earlier.worker_id, float("inf"))
+    if left_s <= history.back_at.get(earlier.message_id, 0.0) <= later.started_s:
+        return COPY
     return None
 
 
@@ -189,6 +194,18 @@ def _disturbed_before(history: History, loss: Loss) -> bool:
     return any(done.process == loss.process and done.until_s >= since_s for done in history.disturbed)
 
 
+def _settled_by_a_sleeper(history: History, loss: Loss) -> bool:
+    """Whether its earlier holder's clock had stood still: it believed its lease to be good, and ended the segment."""
+    within_s = history.settings.visibility_timeout + history.settings.claim_linger
+    held = {run.process for run in history.runs if run.message_id in loss.message_ids and run.started_s < loss.at_s}
+    return any(
+        done.kind == "suspend"
+        and done.process in held - {loss.process}
+        and done.since_s <= loss.at_s <= done.until_s + within_s
+        for done in history.disturbed
+    )
+
+
 def _check_losses(history: History, problems: list[str]) -> None:
     """No lease is lost without a reason, and a worker whose lease was good all the time loses no claim."""
     over = {(loss.process, loss.worker_id) for loss in history.lost if loss.of_the_worker}
@@ -197,7 +214,8 @@ def _check_losses(history: History, problems: list[str]) -> None:
         if loss.reason == NOT_RENEWED and loss.heartbeats_failed is False and not _disturbed_before(history, loss):
             problems.append(f"lost its lease, yet no heartbeat failed: {loss.worker_id} at {loss.at_s - 1000:.2f}")
         gone = loss.process in history.crashed_at or loss.process in suspended
-        if loss.reason == TAKEN and (loss.process, loss.worker_id) not in over and not gone:
+        excused = gone or (loss.process, loss.worker_id) in over or _settled_by_a_sleeper(history, loss)
+        if loss.reason == TAKEN and not excused:
             problems.append(f"taken from a living worker: {loss.worker_id} at {loss.at_s - 1000:.2f}: {loss.reason}")
         fenced = history.fenced is None or history.fenced.get(loss.worker_id, float("inf")) <= loss.at_s
         if loss.reason == FENCED and not fenced:

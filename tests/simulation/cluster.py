@@ -36,6 +36,8 @@ LULL_S = 15.0
 """How long producers sometimes wait: workers that hold nothing beat rarely then."""
 RESIGNING_S = 30.0
 """What happened to a process or to the board longer ago than this does not keep a worker that leaves from resigning."""
+RECOVERY_REQUESTS_MAX = 20_000
+"""What the rest of the messages may take once the faults are over; some five times what any seed needs."""
 COLLECT_EVERY = 8
 """Seeds between two collections of garbage."""
 LEFT_ALONE = (layout.CONFIG, "plugin/totals/", BOARD, "plugin/dedup/", layout.DEAD, layout.HISTORY)
@@ -121,8 +123,9 @@ class Cluster:
             now = self.world.time()
             failed_at = self.store.failed_at.get(HEARTBEATS + event.worker_id, float("-inf"))
             failed = failed_at > now - self.scenario.settings.visibility_timeout
-            self.history.lost.append(Loss(now, str(process), event.worker_id, event.reason, failed))
-            if self.history.lost[-1].of_the_worker:
+            lost = Loss(now, str(process), event.worker_id, event.reason, failed, tuple(event.message_ids))
+            self.history.lost.append(lost)
+            if lost.of_the_worker:
                 self.living.pop(str(process), None)
 
         queue.on("lease.lost", on_lost)
@@ -442,10 +445,13 @@ class Cluster:
             + (longest_s + 5.0) * len(scenario.jobs)
             + 120.0
         )
+        requests_max = self.store.requests.total() + RECOVERY_REQUESTS_MAX
         while not self._is_done():
-            if self.world.time() > ended_s + bound_s:
+            now = self.world.time()
+            if now > ended_s + bound_s or self.store.requests.total() > requests_max:
+                after_s = now - ended_s
                 self.history.problems.append(
-                    f"not empty {bound_s:.0f} s after the faults ended: {self._live_keys()[:5]}"
+                    f"not empty {after_s:.0f} s after the faults ended: {self._live_keys()[:5]}"
                 )
                 return
             await self._second()

@@ -51,6 +51,7 @@ class Loss:
 
     Attributes:
         heartbeats_failed: Whether the store had failed one of the worker's heartbeats before; None when nobody watched.
+        message_ids: What it was about, where somebody watched.
     """
 
     at_s: float
@@ -58,6 +59,7 @@ class Loss:
     worker_id: str
     reason: str
     heartbeats_failed: bool | None = None
+    message_ids: tuple[str, ...] = ()
 
     @property
     def of_the_worker(self) -> bool:
@@ -92,6 +94,8 @@ class History:
         done_at: When a deduplication marker said first that its message is finished.
         claimed_at: When which worker claimed a message of a segment, or took it over, for the last time.
         doubted: Keys of claims about which a request failed: its sender may have left without knowing that it landed.
+        left_alone_at: When which worker left, if no other one was there.
+        back_at: When a message's segment was there again, for the first time after it was gone.
         problems: What was found wrong while it ran.
     """
 
@@ -108,5 +112,7 @@ class History:
     done_at: dict[str, float] = field(default_factory=dict)
     claimed_at: dict[tuple[str, str], float] = field(default_factory=dict)
     doubted: set[str] = field(default_factory=set)
+    left_alone_at: dict[str, float] = field(default_factory=dict)
+    back_at: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
