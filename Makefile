@@ -10,21 +10,24 @@ PYTEST := $(BIN)/python -m pytest
 CODE := s3queue_async pytest_s3queue.py tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-unit test-parallel test-alone guard lint format demo demo-s3 bench bench-peers newcomer cluster sim ablations storm lock clean
+.PHONY: help setup test test-unit test-parallel test-alone coverage guard lint format demo demo-s3 bench bench-peers newcomer cluster sim ablations storm lock clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed-all ## Install the library, the tests' and the checkers' needs into .venv
 
-test: lint test-parallel test-alone guard ## Everything that CI runs: lint, all tests with branch coverage, the regression guard
+test: lint test-parallel test-alone guard ## Everything that CI runs: lint, all tests, the regression guard
 
-test-parallel: setup ## Tests that may run side by side, with branch coverage
-	$(PYTEST) -m "not alone" -n $(JOBS) --dist loadfile --cov --cov-report=term
+test-parallel: setup ## Tests that may run side by side
+	$(PYTEST) -m "not alone" -n $(JOBS) --dist loadfile
 
 test-alone: setup ## Tests that measure time, one after the other
 	@# Exit code 5 means that no test is marked so.
 	$(PYTEST) -m alone || [ $$? -eq 5 ]
+
+coverage: setup ## Branch coverage of the tests that may run side by side (they take twice as long so)
+	$(PYTEST) -m "not alone" -n $(JOBS) --dist loadfile --cov --cov-report=term
 
 guard: setup ## Requests, bytes, calls, instructions and allocations a message, beside benchmarks/baseline.json
 	$(BIN)/python -m benchmarks.guard

@@ -137,7 +137,7 @@ def test_step_down(shell: Shell) -> None:
     """Of two workers the other one leads afterwards; without a coordinator there is nothing to do."""
     shell.does("enqueue", "x")
     assert shell.ends("coordinator", "step-down", "--yes").code == 3
-    quick = Shell(shell.url, shell.directory, {**shell.more, "S3QUEUE_ELECTION_INTERVAL": "0.5"})
+    quick = Shell(shell.url, shell.directory, {**shell.more, "S3QUEUE_ELECTION_INTERVAL": "2"})
     with quick.running("work", "tasks:send", "--log-format", "json") as one:
         one.says("promoted")
         with quick.running("work", "tasks:send") as two:
