@@ -12,7 +12,6 @@ from tests.simulation.history import Disturbance, History, Loss, Run
 
 DUE_TOLERANCE_S = 1.5
 """Servers' clocks differ by a second, and a due time is rounded."""
-COPY = "copy after the last worker left"
 STOPS_WITHIN_S = 0.2
 """How long after it goes on a process that stood still may take to cancel what it held."""
 
@@ -58,8 +57,8 @@ def _check_runs(history: History, message_id: str, runs: list[Run], problems: li
         if later.token < earlier.token and _slept(history, later):
             causes["suspend"] += 1
             continue
-        cause = _check_pair(history, message_id, earlier, later, problems, causes)
-        if later.token <= earlier.token and not ambiguous and cause != COPY:
+        _check_pair(history, message_id, earlier, later, problems, causes)
+        if later.token <= earlier.token and not ambiguous:
             problems.append(f"token did not grow: {message_id} {earlier.token} -> {later.token}")
     done_s = history.done_at.get(message_id, float("inf"))
     for run in runs:
@@ -77,14 +76,14 @@ def _check_runs(history: History, message_id: str, runs: list[Run], problems: li
 
 def _check_pair(
     history: History, message_id: str, earlier: Run, later: Run, problems: list[str], causes: Counter[str]
-) -> str | None:
-    """A second start needs a reason, which is returned: the first one asked for it, or its holder was disturbed."""
+) -> None:
+    """A second start needs a reason: the first one asked for it, or its holder was disturbed."""
     over = earlier.ended_s is not None and earlier.ended_s <= later.started_s
     ambiguous = message_id in history.ambiguous
     if not over and not ambiguous and not _may_overlap(history, earlier, later):
         problems.append(f"two holders: {message_id} on {earlier.process} and {later.process}")
     if over and earlier.outcome in ("Release", "Retry", "ValueError", "cancelled"):
-        return earlier.outcome
+        return
     cause = _cause(history, earlier, later)
     if cause is None and ambiguous:
         cause = "ambiguous enqueue"
@@ -95,7 +94,6 @@ def _check_pair(
         )
     else:
         causes[cause] += 1
-    return cause
 
 
 def _may_overlap(history: History, earlier: Run, later: Run) -> bool:
@@ -146,9 +144,6 @@ def _cause(history: History, earlier: Run, later: Run) -> str | None:
         mine = loss.process == earlier.process and loss.worker_id == earlier.worker_id and loss.of_the_worker
         if mine and loss.at_s >= earlier.started_s - 1e-9:
             return kinds[0] if kinds else "cut off by the store"
-    left_s = history.left_alone_at.get(earlier.worker_id, float("inf"))
-    if left_s <= history.back_at.get(earlier.message_id, 0.0) <= later.started_s:
-        return COPY
     return None
 
 

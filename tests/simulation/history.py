@@ -94,8 +94,6 @@ class History:
         done_at: When a deduplication marker said first that its message is finished.
         claimed_at: When which worker claimed a message of a segment, or took it over, for the last time.
         doubted: Keys of claims about which a request failed: its sender may have left without knowing that it landed.
-        left_alone_at: When which worker left, if no other one was there.
-        back_at: When a message's segment was there again, for the first time after it was gone.
         problems: What was found wrong while it ran.
     """
 
@@ -112,7 +110,5 @@ class History:
     done_at: dict[str, float] = field(default_factory=dict)
     claimed_at: dict[tuple[str, str], float] = field(default_factory=dict)
     doubted: set[str] = field(default_factory=set)
-    left_alone_at: dict[str, float] = field(default_factory=dict)
-    back_at: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)

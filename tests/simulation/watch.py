@@ -30,8 +30,6 @@ KEYS = {"old": bytes(32), "new": bytes(range(32))}
 OVERTAKING_S = 4.0
 """How much later than a poll a worker may still claim by what it saw: the age of its listing, the time that it leaves
 to others, and the requests."""
-LEAVING_S = 1.0
-"""How long ago a worker that leaves may have looked for others."""
 
 
 class Watch:
@@ -52,8 +50,6 @@ class Watch:
         self._hidden_until: dict[str, float] = {}
         self._term = (0, "")
         self._leased_until: dict[str, float] = {}
-        self._registered_at: dict[str, float] = {}
-        self._gone: set[str] = set()
         self._fenced = history.fenced = {}
         store.on_change.append(self._changed)
 
@@ -76,8 +72,6 @@ class Watch:
             return
         if key.startswith(layout.CLAIMS) and key in self._store.objects:
             self._claimed(key)
-        if key.startswith(LIVE):
-            self._come_or_gone(key)
         self._one_live_copy()
         if self._history.faultless:
             self._priorities(key)
@@ -89,17 +83,11 @@ class Watch:
             return
         now = self._store.world.time()
         found = self._store.objects.get(key)
-        if found is None:
-            self._registered_at.pop(key, None)
-        else:
-            self._registered_at.setdefault(key, now)
         leased_until = self._leased_until.pop(key, None)
         if found is not None and b'"state":"fenced"' not in found.body:
             self._leased_until[key] = now + float(msgspec.json.decode(found.body)["ttl_s"])
             return
         self._fenced[worker_id] = now
-        if found is None and not any(at < now - LEAVING_S for at in self._registered_at.values()):
-            self._history.left_alone_at[worker_id] = now
         if found is not None and leased_until is not None and now < leased_until:
             self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
 
@@ -145,14 +133,6 @@ class Watch:
         for record in self._index(claim.segment, segment.body).records:
             if record.dedup_id is not None:
                 self._history.claimed_at[record.id, claim.owner] = now
-
-    def _come_or_gone(self, key: str) -> None:
-        found = self._store.objects.get(key)
-        if found is None:
-            self._gone.add(key)
-        elif key in self._gone:
-            for record in self._index(key, found.body).records:
-                self._history.back_at.setdefault(record.id, self._store.world.time())
 
     def _one_live_copy(self) -> None:
         """Invariant 3."""

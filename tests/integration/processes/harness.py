@@ -293,15 +293,6 @@ class Look:
                 found[key.removeprefix(prefix)] = msgspec.json.decode(body, type=Heartbeat)
         return found
 
-    async def says_that_it_holds(self, worker_id: str) -> None:
-        """Return once this worker's heartbeat names a segment."""
-        deadline = time.monotonic() + SOON_S
-        while not (await self.workers())[worker_id].held:
-            assert time.monotonic() < deadline, (
-                f"not within {SOON_S:g} s: a heartbeat of {worker_id} with what it holds"
-            )
-            await asyncio.sleep(PAUSE_S)
-
 
 @contextlib.asynccontextmanager
 async def looking(place: Place) -> AsyncIterator[Look]:

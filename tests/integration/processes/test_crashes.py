@@ -32,8 +32,6 @@ async def test_worker_killed_in_the_middle_of_a_batch(place: Place) -> None:
             looking(place) as look,
         ):
             ids = await queue.enqueue_many(range(800))
-            # Until then its lease is that of a worker at rest, which lasts six times as long.
-            await look.says_that_it_holds(victim.worker_id)
             await until("the victim is in the middle of a batch", lambda: 20 <= len(victim.handled) % 100 < 80)
             killed_at = victim.kill()
             held = await look.held_by(victim.worker_id)
