@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from s3queue_async.engine.registry import Heartbeat
+from s3queue_async.engine.together import together
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol import segment as segments
@@ -30,6 +31,7 @@ from tests.integration.processes.programs import Line, Task, Told
 
 BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
 PAUSE_S = 0.02
+READS_AT_ONCE = 16
 STARTS_WITHIN_S = 30.0
 ENDS_WITHIN_S = 30.0
 SOON_S = 60.0
@@ -265,11 +267,14 @@ class Look:
     async def claims(self) -> dict[str, Claim]:
         """Every claim by the segment's whole key, that of ended segments, too."""
         found = {}
-        for key in await self.keys(layout.CLAIMS):
+
+        async def read(key: str) -> None:
             body = await self.body(key)
             if body is not None:
                 claim = claims.decode(key, body)
                 found[claim.segment] = claim
+
+        await together(await self.keys(layout.CLAIMS), read, at_once=READS_AT_ONCE)
         return found
 
     async def held_by(self, worker_id: str) -> dict[str, list[str]]:

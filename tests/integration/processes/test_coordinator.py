@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import signal
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 ELECTION_S = 1.0
 PAUSE_MAX_S = 5.0
+BACKLOG = 2_000
 EVENTS = ["coordinator.promoted", "coordinator.demoted"]
 SETTINGS: dict[str, Any] = {
     **LEASE_SHORT,
@@ -69,6 +72,26 @@ async def in_the_middle(look: Look, worker: Program) -> None:
         await asyncio.sleep(PAUSE_S)
 
 
+@contextlib.asynccontextmanager
+async def busy(queue: S3Queue[int], programs: Fleet) -> AsyncIterator[list[str]]:
+    """Enqueue all the time, so that a pause is never for want of messages; the ids grow meanwhile."""
+    ids: list[str] = []
+    enough = asyncio.Event()
+
+    async def feed() -> None:
+        while not enough.is_set():
+            if len(ids) - len(programs.handled) < BACKLOG:
+                ids.extend(await queue.enqueue_many(range(len(ids), len(ids) + BACKLOG // 2)))
+            await asyncio.sleep(PAUSE_S)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(feed())
+        try:
+            yield ids
+        finally:
+            enough.set()
+
+
 def leads(program: Program) -> bool:
     return len(program.told("coordinator.promoted")) > len(program.told("coordinator.demoted"))
 
@@ -87,16 +110,15 @@ async def test_coordinator_killed_under_load(place: Place, amid: str) -> None:
         settings = Settings(**SETTINGS)
         async with S3Queue[int](place.url, payload_type=int, settings=settings) as queue, looking(place) as look:
             leader = await the_leader(look, programs)
-            ids = await queue.enqueue_many(range(5_000))
-            await until("the work is under way", lambda: len(programs.handled) > 400)
-            term = (await the_board(look)).term
-            if amid == "its messages":
-                halt = place.directory / f"halt-{leader.pid}"
-                halt.touch()
-                await in_the_middle(look, leader)
-            killed_at = leader.kill()
-            ids += await queue.enqueue_many(range(5_000, 6_000))
-            successor = await the_leader(look, programs)
+            async with busy(queue, programs) as ids:
+                await until("the work is under way", lambda: len(programs.handled) > 400)
+                term = (await the_board(look)).term
+                if amid == "its messages":
+                    halt = place.directory / f"halt-{leader.pid}"
+                    halt.touch()
+                    await in_the_middle(look, leader)
+                killed_at = leader.kill()
+                successor = await the_leader(look, programs)
             promoted = successor.told("coordinator.promoted")[-1]
             await programs.handles(ids, within_s=90)
             await look.gone()
