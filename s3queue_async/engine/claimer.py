@@ -543,11 +543,11 @@ class Claimer:
             self._finder.unblock(key.name)
             return None
         if claim.owner and claim.owner != self._lease.worker_id:
-            peer = await self._registry.owner(claim.owner)
+            peer = await self._registry.owner(claim.owner, stored.modified_s)
             if peer is None:
                 crashed = True
             elif not self._registry.is_abandoned(peer, key.name, stored.modified_s):
-                self._finder.block(key.name, self._registry.lease_left_s(peer))
+                self._finder.block(key.name, self._registry.lease_left_s(peer, stored.modified_s))
                 return None
 
         try:

@@ -147,7 +147,7 @@ class Recovery:
             # The claim loop replaces it when its segment is still there; here only its owner would tell more.
             return
         if claim.owner and claim.owner != self._lease.worker_id:
-            peer = await self._registry.owner(claim.owner)
+            peer = await self._registry.owner(claim.owner, entry.modified_s)
             name = layout.claim_name(entry.key)
             if peer is not None and not self._registry.is_abandoned(peer, name, entry.modified_s):
                 return

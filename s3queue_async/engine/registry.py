@@ -80,6 +80,8 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
         state: ``fenced`` once somebody decided that the worker is lost; final.
         composed_ms: A store time that was over as the list below was made.
         ttl_s: How long the lease lasts from the object's LastModified.
+        claims_ttl_s: How long it lasts, if that is over sooner, from the LastModified of a claim that was made after the
+            list below; 0 when such a claim ends nothing sooner.
         capacity: Messages that it handles at a time.
         in_flight: Messages that it handles now.
         held: Names of every segment that it holds or tries to claim.
@@ -98,6 +100,7 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     counters: Counters = Counters()
     requests: dict[str, int] = {}
     throttled: int = 0
+    claims_ttl_s: float = 0.0
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -187,8 +190,12 @@ class Registry:
         self._peers = found
         return found
 
-    async def owner(self, worker_id: str) -> Peer | None:
+    async def owner(self, worker_id: str, claimed_s: float | None = None) -> Peer | None:
         """As ``read``, but asks the store at most once a second for each worker, and fences one whose lease is over.
+
+        Args:
+            worker_id: Whose heartbeat.
+            claimed_s: LastModified of a claim of this worker.
 
         Returns None when the worker is gone: it has no heartbeat, or is fenced.
         """
@@ -198,19 +205,26 @@ class Registry:
             peer = known[1]
         else:
             peer = await self.read(worker_id)
-        if peer is not None and await self._is_over(peer):
+        if peer is not None and await self._is_over(peer, claimed_s):
             peer = None
         if len(self._seen) > LISTED_WORKERS_MAX:
             self._seen.clear()
         self._seen[worker_id] = (now, peer)
         return peer
 
-    def lease_left_s(self, peer: Peer) -> float:
-        """Seconds until anybody may fence this worker, unless it beats again."""
-        ends_s = (
-            peer.modified_s + self._shared.time.resolution_s + peer.heartbeat.ttl_s + self._shared.settings.lease_margin
-        )
-        return ends_s - self._shared.time.certain()
+    def lease_left_s(self, peer: Peer, claimed_s: float | None = None) -> float:
+        """Seconds until anybody may fence this worker, unless it beats again.
+
+        Args:
+            peer: The worker's heartbeat.
+            claimed_s: LastModified of a claim of this worker, after which it should have beaten again soon.
+        """
+        beat = peer.heartbeat
+        ends_s = peer.modified_s + beat.ttl_s
+        if claimed_s is not None and beat.claims_ttl_s and not self._landed_before(peer, claimed_s):
+            ends_s = min(ends_s, claimed_s + beat.claims_ttl_s)
+        margin_s = self._shared.time.resolution_s + self._shared.settings.lease_margin
+        return ends_s + margin_s - self._shared.time.certain()
 
     def described(self, peer: Peer) -> WorkerInfo:
         """A worker as its last heartbeat describes it."""
@@ -235,14 +249,18 @@ class Registry:
 
     def is_abandoned(self, peer: Peer, name: str, claim_modified_s: float) -> bool:
         """Whether a living worker's claim is held by nobody: it landed before a beat that does not name it."""
-        landed_s = claim_modified_s + self._shared.time.resolution_s + self._shared.settings.lease_margin
-        return landed_s < peer.heartbeat.composed_ms / 1000 and name not in peer.heartbeat.held
+        return self._landed_before(peer, claim_modified_s) and name not in peer.heartbeat.held
 
-    async def _is_over(self, peer: Peer) -> bool:
+    def _landed_before(self, peer: Peer, modified_s: float) -> bool:
+        """Whether what was written then had certainly been written as the beat was composed."""
+        landed_s = modified_s + self._shared.time.resolution_s + self._shared.settings.lease_margin
+        return landed_s < peer.heartbeat.composed_ms / 1000
+
+    async def _is_over(self, peer: Peer, claimed_s: float | None) -> bool:
         if peer.heartbeat.state == "fenced":
             await self._bury(peer)
             return True
-        if self.lease_left_s(peer) > 0:
+        if self.lease_left_s(peer, claimed_s) > 0:
             return False
         return await self._fence(peer)
 
@@ -350,9 +368,15 @@ class Lease:
         return None if self._last_beat == -math.inf else self._last_beat
 
     def needed(self) -> None:
-        """Something is about to be held: beat often from now on."""
+        """Something is about to be held: beat often from now on, and trust no longer what was said at rest.
+
+        Others go by the claim as long as no beat follows it: who takes it over does not wait for a long lease.
+        """
         if self._quiet:
             self._quiet = False
+            settings = self._shared.settings
+            until = self._shared.clock.monotonic() + settings.visibility_timeout - settings.lease_margin
+            self._trusted_until = min(self._trusted_until, until)
             self.hurry()
 
     def hurry(self) -> None:
@@ -443,9 +467,9 @@ class Lease:
             composed_ms = int(shared.time.seen() * 1000)
             vitals = self._vitals()
             # Only when nothing was held at the last beat either: a worker between two jobs is not at rest.
-            self._quiet = not vitals.held and not self._held_last
+            quiet = self._quiet = not vitals.held and not self._held_last
             self._held_last = bool(vitals.held)
-            ttl_s = settings.visibility_timeout * (QUIET_FACTOR if self._quiet else 1)
+            ttl_s = settings.visibility_timeout * (QUIET_FACTOR if quiet else 1)
             trusted_until = sent_at + ttl_s - settings.lease_margin
             # It may land whether or not its reply comes, and others go by what they read.
             self._trusted_until = min(self._trusted_until, trusted_until) if self._version else self._trusted_until
@@ -461,6 +485,7 @@ class Lease:
                     vitals.counters,
                     vitals.requests,
                     vitals.throttled,
+                    settings.visibility_timeout if quiet else 0.0,
                 )
             )
             patience_s = min(FENCE_WITHIN_S, settings.visibility_timeout / 2)
@@ -483,4 +508,7 @@ class Lease:
             self._version = version
             self._unanswered.clear()
             self._last_beat = sent_at
+            if quiet and not self._quiet:
+                # Something was claimed meanwhile, of which this beat says nothing.
+                return
             self._trusted_until = trusted_until
