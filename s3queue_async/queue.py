@@ -691,7 +691,7 @@ class S3Queue(Generic[PayloadT]):
 
     async def _receiving(self) -> Receiver:
         self._serve()
-        while self._stop_serving or self._session is None or self._session.is_over or self._receiver is None:
+        while self._stop_serving or self._session is None or not self._session.at_work or self._receiver is None:
             await self._until_registered()
             self._serve()
         return self._receiver

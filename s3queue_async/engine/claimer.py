@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup
 from s3queue_async.engine.dedup import Deduplicator
 from s3queue_async.engine.finder import Candidate, Finder
 from s3queue_async.engine.held import Held
-from s3queue_async.engine.registry import Lease, Registry
+from s3queue_async.engine.registry import Claimed, Lease, Registry
 from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
@@ -290,9 +290,7 @@ class Claimer:
     async def _obtain_expected(self, expected: Expected) -> Held | None:
         """Claim a segment that is being written, and wait for its writer to say what became of it."""
         shared, key = self._shared, expected.key
-        claim = claims.fresh(
-            key.text, owner=self._lease.worker_id, now_ms=shared.time.now_ms(), nonce=shared.nonce(), early=True
-        )
+        claim = self._fresh(key, early=True)
         version = ""
         try:
             version = await shared.swap(
@@ -338,6 +336,16 @@ class Claimer:
             self._quiet.set()
             self.poke()
 
+    def _fresh(self, key: SegmentKey, *, early: bool = False) -> Claim:
+        return claims.fresh(
+            key.text,
+            owner=self._lease.worker_id,
+            now_ms=self._shared.time.now_ms(),
+            nonce=self._shared.nonce(),
+            early=early,
+            beat=self._lease.cut_short,
+        )
+
     async def _claim_fresh(
         self, candidate: Candidate, offered: tuple[segments.Index, list[bytes]] | None
     ) -> Held | None:
@@ -346,7 +354,7 @@ class Claimer:
         key = candidate.key
         if offered is None and shared.clock.monotonic() < self._wary_until:
             await self._look_first(key)
-        claim = claims.fresh(key.text, owner=self._lease.worker_id, now_ms=shared.time.now_ms(), nonce=shared.nonce())
+        claim = self._fresh(key)
         shown_at = shared.clock.monotonic() if candidate.written_at is None else candidate.written_at
         reading = _Reading()
         version = ""
@@ -543,11 +551,12 @@ class Claimer:
             self._finder.unblock(key.name)
             return None
         if claim.owner and claim.owner != self._lease.worker_id:
-            peer = await self._registry.owner(claim.owner, stored.modified_s)
+            claimed = Claimed(claim.beat, stored.modified_s)
+            peer = await self._registry.owner(claim.owner, claimed)
             if peer is None:
                 crashed = True
             elif not self._registry.is_abandoned(peer, key.name, stored.modified_s):
-                self._finder.block(key.name, self._registry.lease_left_s(peer, stored.modified_s))
+                self._finder.block(key.name, self._registry.lease_left_s(peer, claimed))
                 return None
 
         try:
@@ -565,6 +574,7 @@ class Claimer:
                 now_ms=shared.time.now_ms(),
                 nonce=shared.nonce(),
                 crashed=crashed,
+                beat=self._lease.cut_short,
             )
 
         return await self._take(key, stored, take)
@@ -611,6 +621,7 @@ class Claimer:
                 owner=self._lease.worker_id,
                 now_ms=self._shared.time.now_ms(),
                 nonce=self._shared.nonce(),
+                beat=self._lease.cut_short,
             )
 
         return await self._take(key, stored, take)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from s3queue_async.engine.election import Election
-from s3queue_async.engine.registry import Lease, Registry
+from s3queue_async.engine.registry import Claimed, Lease, Registry
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import CorruptObject, QueueError
 from s3queue_async.log import log
@@ -147,7 +147,7 @@ class Recovery:
             # The claim loop replaces it when its segment is still there; here only its owner would tell more.
             return
         if claim.owner and claim.owner != self._lease.worker_id:
-            peer = await self._registry.owner(claim.owner, entry.modified_s)
+            peer = await self._registry.owner(claim.owner, Claimed(claim.beat, stored.modified_s))
             name = layout.claim_name(entry.key)
             if peer is not None and not self._registry.is_abandoned(peer, name, entry.modified_s):
                 return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -80,8 +80,8 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
         state: ``fenced`` once somebody decided that the worker is lost; final.
         composed_ms: A store time that was over as the list below was made.
         ttl_s: How long the lease lasts from the object's LastModified.
-        claims_ttl_s: How long it lasts, if that is over sooner, from the LastModified of a claim that was made after the
-            list below; 0 when such a claim ends nothing sooner.
+        claims_ttl_s: How long it lasts, if that is over sooner, from the LastModified of a claim that names this beat; 0
+            when none does.
         capacity: Messages that it handles at a time.
         in_flight: Messages that it handles now.
         held: Names of every segment that it holds or tries to claim.
@@ -109,6 +109,13 @@ class Peer(msgspec.Struct, frozen=True):
     worker_id: str
     heartbeat: Heartbeat
     version: str
+    modified_s: float
+
+
+class Claimed(NamedTuple):
+    """What a claim says of its owner's lease: the nonce of the beat that it cuts short, or "", and its LastModified."""
+
+    beat: str
     modified_s: float
 
 
@@ -190,12 +197,12 @@ class Registry:
         self._peers = found
         return found
 
-    async def owner(self, worker_id: str, claimed_s: float | None = None) -> Peer | None:
+    async def owner(self, worker_id: str, claimed: Claimed | None = None) -> Peer | None:
         """As ``read``, but asks the store at most once a second for each worker, and fences one whose lease is over.
 
         Args:
             worker_id: Whose heartbeat.
-            claimed_s: LastModified of a claim of this worker.
+            claimed: A claim of this worker.
 
         Returns None when the worker is gone: it has no heartbeat, or is fenced.
         """
@@ -205,24 +212,24 @@ class Registry:
             peer = known[1]
         else:
             peer = await self.read(worker_id)
-        if peer is not None and await self._is_over(peer, claimed_s):
+        if peer is not None and await self._is_over(peer, claimed):
             peer = None
         if len(self._seen) > LISTED_WORKERS_MAX:
             self._seen.clear()
         self._seen[worker_id] = (now, peer)
         return peer
 
-    def lease_left_s(self, peer: Peer, claimed_s: float | None = None) -> float:
+    def lease_left_s(self, peer: Peer, claimed: Claimed | None = None) -> float:
         """Seconds until anybody may fence this worker, unless it beats again.
 
         Args:
             peer: The worker's heartbeat.
-            claimed_s: LastModified of a claim of this worker, after which it should have beaten again soon.
+            claimed: A claim of this worker, after which it should have beaten again soon.
         """
         beat = peer.heartbeat
         ends_s = peer.modified_s + beat.ttl_s
-        if claimed_s is not None and beat.claims_ttl_s and not self._landed_before(peer, claimed_s):
-            ends_s = min(ends_s, claimed_s + beat.claims_ttl_s)
+        if claimed is not None and claimed.beat == beat.nonce and beat.claims_ttl_s:
+            ends_s = min(ends_s, claimed.modified_s + beat.claims_ttl_s)
         margin_s = self._shared.time.resolution_s + self._shared.settings.lease_margin
         return ends_s + margin_s - self._shared.time.certain()
 
@@ -249,18 +256,14 @@ class Registry:
 
     def is_abandoned(self, peer: Peer, name: str, claim_modified_s: float) -> bool:
         """Whether a living worker's claim is held by nobody: it landed before a beat that does not name it."""
-        return self._landed_before(peer, claim_modified_s) and name not in peer.heartbeat.held
+        landed_s = claim_modified_s + self._shared.time.resolution_s + self._shared.settings.lease_margin
+        return landed_s < peer.heartbeat.composed_ms / 1000 and name not in peer.heartbeat.held
 
-    def _landed_before(self, peer: Peer, modified_s: float) -> bool:
-        """Whether what was written then had certainly been written as the beat was composed."""
-        landed_s = modified_s + self._shared.time.resolution_s + self._shared.settings.lease_margin
-        return landed_s < peer.heartbeat.composed_ms / 1000
-
-    async def _is_over(self, peer: Peer, claimed_s: float | None) -> bool:
+    async def _is_over(self, peer: Peer, claimed: Claimed | None) -> bool:
         if peer.heartbeat.state == "fenced":
             await self._bury(peer)
             return True
-        if self.lease_left_s(peer, claimed_s) > 0:
+        if self.lease_left_s(peer, claimed) > 0:
             return False
         return await self._fence(peer)
 
@@ -335,6 +338,8 @@ class Lease:
         self.worker_id = worker_id
         self._vitals = vitals
         self._version = ""
+        self._nonce = ""
+        self._cut_short = ""
         self._trusted_until = -math.inf
         self._last_beat = -math.inf
         self._beating = anyio.Lock()
@@ -368,16 +373,22 @@ class Lease:
         return None if self._last_beat == -math.inf else self._last_beat
 
     def needed(self) -> None:
-        """Something is about to be held: beat often from now on, and trust no longer what was said at rest.
-
-        Others go by the claim as long as no beat follows it: who takes it over does not wait for a long lease.
-        """
+        """Something is about to be held: beat often from now on, and trust no longer what was said at rest."""
         if self._quiet:
             self._quiet = False
+            self._cut_short = self._nonce
             settings = self._shared.settings
             until = self._shared.clock.monotonic() + settings.visibility_timeout - settings.lease_margin
             self._trusted_until = min(self._trusted_until, until)
             self.hurry()
+
+    @property
+    def cut_short(self) -> str:
+        """What claims say until the next beat has landed: whose long lease is trusted no longer because of them.
+
+        Whoever finds such a claim waits for no more than a worker at work is given.
+        """
+        return self._cut_short
 
     def hurry(self) -> None:
         """Beat at once: what the last beat said is not true any more."""
@@ -473,9 +484,10 @@ class Lease:
             trusted_until = sent_at + ttl_s - settings.lease_margin
             # It may land whether or not its reply comes, and others go by what they read.
             self._trusted_until = min(self._trusted_until, trusted_until) if self._version else self._trusted_until
+            nonce = shared.nonce()
             body = _encoder.encode(
                 Heartbeat(
-                    shared.nonce(),
+                    nonce,
                     "alive",
                     composed_ms,
                     ttl_s,
@@ -508,7 +520,10 @@ class Lease:
             self._version = version
             self._unanswered.clear()
             self._last_beat = sent_at
+            self._nonce = nonce
             if quiet and not self._quiet:
                 # Something was claimed meanwhile, of which this beat says nothing.
+                self._cut_short = nonce
                 return
+            self._cut_short = ""
             self._trusted_until = trusted_until

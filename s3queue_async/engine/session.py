@@ -25,6 +25,7 @@ from s3queue_async.engine.scanner import Scanner
 from s3queue_async.engine.settler import Settler
 from s3queue_async.engine.shared import Shared
 from s3queue_async.engine.together import together
+from s3queue_async.engine.tombstones import Tombstones
 from s3queue_async.errors import LeaseLost, QueueError, StoreUnavailable, Throttled, Unreadable
 from s3queue_async.events import (
     LeaseLostEvent,
@@ -84,6 +85,7 @@ class Session:
         self.registry = Registry(shared)
         self.lease = Lease(shared, self.registry, worker_id, self._vitals)
         self.settler = Settler(shared, self.lease, on_end=self._on_end)
+        self.tombstones = Tombstones(shared, self.registry, self.lease, self.settler)
         self.election = Election(
             shared, worker_id, stands=shared.settings.coordinator, on_demoted=self._look_like_the_others
         )
@@ -170,7 +172,6 @@ class Session:
             self._notify()
             self._decided.set()
             raise
-        self._decided.set()
         log.info("worker started", worker=self.worker_id, capacity=self.capacity)
         self.shared.bus.emit(WorkerStarted(worker_id=self.worker_id, capacity=self.capacity))
         try:
@@ -178,19 +179,7 @@ class Session:
                 async with anyio.create_task_group() as beating:
                     beating.start_soon(self._beat)
                     async with anyio.create_task_group() as working:
-                        for job in (
-                            self.settler.run,
-                            self.claimer.run,
-                            self._tick,
-                            self._sweep_linger,
-                            self.recovery.run,
-                            self.election.run,
-                            self.coordinator.run,
-                        ):
-                            working.start_soon(job)
-                        self._working = working
-                        for start in self._starters:
-                            start(self, working)
+                        working.start_soon(self._start, working)
                         try:
                             await self._over.wait()
                         finally:
@@ -201,6 +190,27 @@ class Session:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._farewell()
+            self._decided.set()
+
+    async def _start(self, working: TaskGroup) -> None:
+        """Start the roles, once it is known what must not be run."""
+        await self.tombstones.read()
+        if self._over.is_set():
+            return
+        for job in (
+            self.settler.run,
+            self.claimer.run,
+            self._tick,
+            self._sweep_linger,
+            self.recovery.run,
+            self.election.run,
+            self.coordinator.run,
+        ):
+            working.start_soon(job)
+        self._working = working
+        for start in self._starters:
+            start(self, working)
+        self._decided.set()
 
     def start_worker(self, capacity: int, start: Callable[[Session, TaskGroup], None]) -> None:
         """Have a worker's tasks run under this lease, from now on or from the registration on.
@@ -301,8 +311,13 @@ class Session:
     def is_over(self) -> bool:
         return self.lease.lost is not None
 
+    @property
+    def at_work(self) -> bool:
+        """Whether it is known that the worker is registered, and still is."""
+        return self._decided.is_set() and not self.is_over
+
     async def registered(self) -> bool:
-        """Return once the worker is registered; False when it is not, or not any more."""
+        """Return once the worker is registered, and at work; False when it is not, or not any more."""
         await self._decided.wait()
         return not self.is_over
 
@@ -487,7 +502,7 @@ class Session:
         self._notify()
 
     def _known(self, name: str) -> bool:
-        if name in self.held:
+        if name in self.held or self.tombstones.names(name):
             return True
         ended_at = self._ended.get(name)
         # Longer than its claim lingers: until the sweep that deletes the claim, a late write may bring it back.
@@ -586,6 +601,7 @@ class Session:
             await self.shared.clock.sleep(LINGER_SWEEP_S)
             try:
                 await self.settler.sweep_linger()
+                await self.tombstones.sweep()
             except (StoreUnavailable, Throttled) as error:
                 log.warning("deleting finished claims failed, trying again", error=str(error))
 
@@ -640,11 +656,10 @@ class Session:
     async def _clear_linger(self) -> None:
         """Delete the claims of ended segments: all of them when nobody else is there who could have seen one.
 
-        A worker that registers after the listing below finds no segment to which one of these claims belongs.
+        A worker that registers later learns from a tombstone which of these segments may come back.
         """
         if self.settler.lingering:
-            # A listing that does not show this worker may hide others, too (found by simulation).
-            alone = list(await self.registry.list()) == [self.worker_id]
+            alone = await self.tombstones.leave()
             if not alone:
                 await self.settler.disown_ended()
             await self.settler.sweep_linger(all_of_them=alone)

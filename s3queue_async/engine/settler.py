@@ -210,14 +210,14 @@ class Settler:
         if isinstance(key, str):
             self._linger.append(_Lingering(until, until_s, key))
             return
-        if not self._may_come_back(key):
+        if not self.may_come_back(key):
             self._linger.append(_Lingering(until, until_s, key.claim))
             return
         claim = None if held is None or held.claim.state == "settled" else held.claim
         version = "" if held is None else held.version
         self._linger.append(_Lingering(until, until_s, key.claim, key.text, key.name, claim, version))
 
-    def _may_come_back(self, key: SegmentKey) -> bool:
+    def may_come_back(self, key: SegmentKey) -> bool:
         """Whether a write that was repeated on its way may still land, and count: until the key is too old."""
         settings = self._shared.settings
         return self._shared.time.seen() - key.created_ms / 1000 < settings.segment_age + settings.lease_margin
@@ -225,6 +225,11 @@ class Settler:
     def revivable(self) -> list[str]:
         """Names of ended segments that a late write may bring back: nobody may take them for abandoned."""
         return [item.name for item in self._linger if item.name]
+
+    def young(self) -> list[str]:
+        """Whole keys of ended segments that a late write may still bring back."""
+        keys = [item.revivable for item in self._linger if item.revivable]
+        return [key for key in keys if self.may_come_back(SegmentKey.parse(key))]
 
     @property
     def lingering(self) -> int:
@@ -338,7 +343,7 @@ class Settler:
                     held.recorded = len(finished)
                     del held.departing[: len(departing)]
                 keys = await self._apply_all(held)
-            if keys and (not complete or self._may_come_back(held.key)):
+            if keys and (not complete or self.may_come_back(held.key)):
                 await self._record_applied(held, keys)
             if complete:
                 self._lease.check()

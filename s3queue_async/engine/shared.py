@@ -156,7 +156,8 @@ class Shared:
         conditional_delete: Whether the store keeps If-Match on DELETE.
         packer: Compresses and encrypts what is written.
         requests: The requests that this process made of the store so far, by operation, and how many were throttled.
-        workers, dedup, totals: Views of the store for heartbeats, deduplication markers and summed counters.
+        workers, dedup, totals, tombstones: Views of the store for heartbeats, deduplication markers, summed counters, and
+            what workers that left nobody behind had just ended.
     """
 
     storage: Storage
@@ -171,11 +172,13 @@ class Shared:
     workers: PluginStorage = field(init=False)
     dedup: PluginStorage = field(init=False)
     totals: PluginStorage = field(init=False)
+    tombstones: PluginStorage = field(init=False)
 
     def __post_init__(self) -> None:
         self.workers = PluginStorage(self.storage, layout.WORKERS, ttl_s=self.settings.visibility_timeout)
         self.dedup = PluginStorage(self.storage, layout.DEDUP, ttl_s=self.settings.dedup_window)
         self.totals = PluginStorage(self.storage, layout.TOTALS)
+        self.tombstones = PluginStorage(self.storage, layout.TOMBSTONES)
 
     def nonce(self) -> str:
         """Different in every body that is written by compare-and-swap."""

@@ -54,6 +54,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
         failure_table: Failures that the moves refer to.
         early: Whether the segment's writer made it beside the segment, before that was known to be there: such a claim
             proves nothing of the segment, until another owner takes it.
+        beat: Nonce of the owner's last heartbeat, when that promised a long lease, which this claim cuts short.
         sealed_failures: The same, encrypted, as it is stored by a queue with a keyring; ``failure_table`` is empty then.
     """
 
@@ -70,6 +71,7 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: list[Move] = []
     failure_table: list[Failure] = []
     early: bool = False
+    beat: str = ""
     sealed_failures: bytes = b""
 
     def isolated(self, index: Index) -> bool:
@@ -123,12 +125,12 @@ def decode(key: str, body: bytes) -> Claim:
         raise CorruptObject(key, f"the claim cannot be read ({error})") from error
 
 
-def fresh(segment: str, *, owner: str, now_ms: int, nonce: str, early: bool = False) -> Claim:
+def fresh(segment: str, *, owner: str, now_ms: int, nonce: str, early: bool = False, beat: str = "") -> Claim:
     """The first claim on a segment."""
-    return Claim(nonce=nonce, segment=segment, owner=owner, token=1, claimed_ms=now_ms, early=early)
+    return Claim(nonce=nonce, segment=segment, owner=owner, token=1, claimed_ms=now_ms, early=early, beat=beat)
 
 
-def take(claim: Claim, *, source: Index, owner: str, now_ms: int, nonce: str, crashed: bool) -> Claim:
+def take(claim: Claim, *, source: Index, owner: str, now_ms: int, nonce: str, crashed: bool, beat: str = "") -> Claim:
     """Take a claim from nobody or from an owner that is lost; the caller made sure of that.
 
     Args:
@@ -138,8 +140,9 @@ def take(claim: Claim, *, source: Index, owner: str, now_ms: int, nonce: str, cr
         now_ms: Store time.
         nonce: Fresh.
         crashed: Whether the owner may have been running messages: False when it had given the claim up or back.
+        beat: Nonce of the new owner's last heartbeat, when this claim cuts its lease short.
     """
-    taken = _replace(claim, nonce=nonce, owner=owner, token=claim.token + 1, claimed_ms=now_ms, early=False)
+    taken = _replace(claim, nonce=nonce, owner=owner, token=claim.token + 1, claimed_ms=now_ms, early=False, beat=beat)
     if not crashed or claim.free:
         return taken
     suspects = claim.suspects
@@ -149,7 +152,7 @@ def take(claim: Claim, *, source: Index, owner: str, now_ms: int, nonce: str, cr
     return _replace(taken, crashes=claim.crashes + 1, suspects=suspects)
 
 
-def after_corruption(segment: str, *, count: int, owner: str, now_ms: int, nonce: str) -> Claim:
+def after_corruption(segment: str, *, count: int, owner: str, now_ms: int, nonce: str, beat: str = "") -> Claim:
     """The claim that replaces an unreadable one: nothing is known of its history, so the messages run alone.
 
     Its fencing token goes on from the store's time, which no count of deliveries reaches.
@@ -162,6 +165,7 @@ def after_corruption(segment: str, *, count: int, owner: str, now_ms: int, nonce
         claimed_ms=now_ms,
         crashes=1,
         suspects=list(range(count)),
+        beat=beat,
     )
 
 

@@ -17,6 +17,7 @@ QUARANTINE = "quarantine/"
 WORKERS = "workers"
 DEDUP = "dedup"
 TOTALS = "totals"
+TOMBSTONES = "tombstones"
 COORDINATOR = "coordinator"
 BOARD = "board"
 

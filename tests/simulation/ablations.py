@@ -25,6 +25,7 @@ from s3queue_async.engine import (
     session,
     settler,
     shared,
+    tombstones,
     writing,
 )
 from s3queue_async.engine.dedup import Deduplicator
@@ -391,6 +392,19 @@ def fencing(patch: Patch) -> None:
     patch.setattr(registry.Registry, "_fence", over)
 
 
+@ablation(
+    "A worker at rest trusts its long lease no longer once it claims something",
+    acted_by="test_a_worker_that_was_at_rest_trusts_no_long_lease_once_it_claims",
+)
+def short_trust_of_a_claim(patch: Patch) -> None:
+    def needed(self: Any) -> None:
+        if self._quiet:
+            self._quiet = False
+            self.hurry()
+
+    patch.setattr(registry.Lease, "needed", needed)
+
+
 @ablation("A worker stops by its own clock when its lease was not renewed", focus=LONG_CUTS)
 def trust_window(patch: Patch) -> None:
     original = registry.Lease._beat
@@ -734,6 +748,28 @@ def applied_before_delete(patch: Patch) -> None:
 @ablation("A worker does not take again what it has just ended", focus=more(repeated=0.4))
 def memory_of_the_ended(patch: Patch) -> None:
     patch.setattr(session.Session, "_known", lambda self, name: name in self.held)
+
+
+@ablation(
+    "The last worker to leave names the young segments that it ended for whoever comes next",
+    acted_by="test_a_late_copy_lands_while_the_next_one_works",
+)
+def tombstones_of_the_last(patch: Patch) -> None:
+    patch.setattr(tombstones.Tombstones, "names", lambda self, name: False)
+
+
+@ablation(
+    "A worker looks whether it is still alone once its tombstone is written",
+    acted_by="test_somebody_registers_while_the_tombstone_is_written",
+)
+def last_look_around(patch: Patch) -> None:
+    original = tombstones.Tombstones._alone
+
+    async def once(self: Any) -> bool:
+        self.looked = getattr(self, "looked", False) or await original(self)
+        return bool(self.looked)
+
+    patch.setattr(tombstones.Tombstones, "_alone", once)
 
 
 @ablation(

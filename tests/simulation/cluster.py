@@ -40,6 +40,7 @@ RECOVERY_REQUESTS_MAX = 20_000
 """What the rest of the messages may take once the faults are over; some five times what any seed needs."""
 COLLECT_EVERY = 8
 """Seeds between two collections of garbage."""
+TOMBSTONES = f"plugin/{layout.TOMBSTONES}/"
 LEFT_ALONE = (layout.CONFIG, "plugin/totals/", BOARD, "plugin/dedup/", layout.DEAD, layout.HISTORY)
 """What may be left at the end."""
 
@@ -478,7 +479,7 @@ class Cluster:
         ends_s = self.world.time()
         await self._stop_all()
         if swept and self._claimed_while_leaving(ends_s):
-            # They left at once, each with others beside it: it is for the next worker.
+            # They left at once, each with others beside it, or just after it had ended something: it is for the next worker.
             self.spawn("worker", self.worker)
             await self._swept()
             await self._stop_all()
@@ -518,8 +519,9 @@ class Cluster:
             self.history.problems.append(f"processes did not end: {stuck}")
 
     def _claimed_while_leaving(self, since_s: float) -> bool:
-        """Whether all that is left are claims, written after everybody was told to leave."""
-        left = [self.store.objects[key] for key in self._leftovers() if key.startswith(layout.CLAIMS)]
+        """Whether all that is left are claims and tombstones, written after everybody was told to leave."""
+        for_the_next = (layout.CLAIMS, TOMBSTONES)
+        left = [self.store.objects[key] for key in self._leftovers() if key.startswith(for_the_next)]
         return 0 < len(left) == len(self._leftovers()) and all(found.modified_s > since_s for found in left)
 
     def _running(self) -> list[Process]:

@@ -10,6 +10,7 @@ from s3queue_async import Keyring
 from s3queue_async.engine.config import QueueConfig
 from s3queue_async.engine.dedup import Marker
 from s3queue_async.engine.packing import Packer
+from s3queue_async.engine.registry import Heartbeat
 from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
@@ -71,6 +72,7 @@ class Watch:
         if not key.startswith((*LIVE, layout.CLAIMS)):
             return
         if key.startswith(layout.CLAIMS) and key in self._store.objects:
+            self._cut_short(key)
             self._claimed(key)
         self._one_live_copy()
         if self._history.faultless:
@@ -90,6 +92,17 @@ class Watch:
         self._fenced[worker_id] = now
         if found is not None and leased_until is not None and now < leased_until:
             self._history.problems.append(f"fenced {leased_until - now:.2f} s before its lease was over: {worker_id}")
+
+    def _cut_short(self, key: str) -> None:
+        """A claim may name the heartbeat whose long lease it ends."""
+        claim = self._decoded(key, self._store.objects[key].body)
+        heartbeat = HEARTBEATS + claim.owner
+        found = self._store.objects.get(heartbeat)
+        if claim.beat and found is not None and heartbeat in self._leased_until:
+            beat = msgspec.json.decode(found.body, type=Heartbeat)
+            if beat.nonce == claim.beat:
+                ends = self._store.world.time() + beat.claims_ttl_s
+                self._leased_until[heartbeat] = min(self._leased_until[heartbeat], ends)
 
     def spoil(self, tickets: Iterable[Ticket]) -> None:
         """Somebody puts tickets on the board: workers follow it until another one is published."""

@@ -9,6 +9,7 @@ from s3queue_async.protocol import layout
 from s3queue_async.testing.clock import LoopClock
 from tests.unit.queue.bed import QUIET, Bed, Seen, eventually, virtual
 from tests.unit.queue.test_takeover import Killable
+from tests.unit.queue.test_tombstones import TOMBSTONES, WORKERS, Runs, clean, copied
 
 YOUNG = Settings(
     coordinator=False,
@@ -214,3 +215,89 @@ async def test_a_key_that_was_made_while_the_local_clock_was_ahead() -> None:
         await anyio.sleep(60)
     assert len(runs.items) == 1 + len(ambiguous.items)
     assert await bed.leftovers() == []
+
+
+@virtual
+async def test_a_worker_that_was_at_rest_trusts_no_long_lease_once_it_claims() -> None:
+    """Its last beat, under way as it claims, says that it rests, and none lands after that: its handler is stopped before
+    another worker runs the message.
+    """
+    bed = Bed()
+    started, stopped, taken = Seen(), Seen(), Seen()
+
+    async def hang(payload: int) -> None:
+        started(payload)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            stopped(anyio.current_time())
+
+    async def handler(payload: int) -> None:
+        taken(anyio.current_time())
+
+    worker = Killable(bed, hang)
+    async with anyio.create_task_group() as group:
+        group.start_soon(worker.run)
+        await worker.ready.wait()
+        async with bed.queue() as producer:
+            await anyio.sleep(60)
+            on_its_way = worker.faults.hold_reply("put", key="plugin/workers/*")
+            await on_its_way.reached.wait()
+            await producer.enqueue(1)
+            await started.count(1)
+            worker.faults.unavailable(key="plugin/workers/*")
+            on_its_way.open()
+            async with bed.queue(on_message=handler):
+                (taken_at,) = await taken.count(1)
+                (stopped_at,) = await stopped.count(1)
+            worker.kill()
+    assert stopped_at < taken_at
+
+
+@virtual
+async def test_a_late_copy_lands_while_the_next_one_works() -> None:
+    """It is left alone as long as it could come once more, and deleted then."""
+    bed = Bed()
+    runs = Runs()
+    async with copied(bed, runs) as (_, copies):
+        pass
+    async with bed.queue(on_message=runs.handle) as queue:
+        await queue.start_processing()
+        await anyio.sleep(1)
+        ((key, body),) = copies.items()
+        await bed.memory.put(key, body)
+        await anyio.sleep(1)
+        assert await bed.keys(layout.READY) == [key]
+        await eventually(lambda: clean(bed))
+    assert runs.items == ["x"]
+
+
+@virtual
+async def test_somebody_registers_while_the_tombstone_is_written() -> None:
+    """It may have looked for tombstones before: the claims stay for it, and say that all is done."""
+    bed = Bed()
+    runs = Runs()
+    writing = bed.faults.hold("put", key=TOMBSTONES + "*")
+    lane, _ = bed.lane()
+    async with (
+        anyio.create_task_group() as group,
+        bed.queue(storage=lane, on_message=runs.handle, auto_start=False) as other,
+    ):
+        async with copied(bed, runs) as (leaving, copies):
+            group.start_soon(leaving.drain)
+            await writing.reached.wait()
+            await other.start_processing()
+            registered = await bed.keys(WORKERS)
+            writing.open()
+            await leaving.drain()
+        named = await bed.keys(TOMBSTONES)
+        claimed = await bed.keys(layout.CLAIMS)
+        for key, body in copies.items():
+            await bed.memory.put(key, body)
+        await anyio.sleep(10 * QUIET.visibility_timeout)
+        swept = await clean(bed)
+    assert len(registered) == 2
+    assert named == []
+    assert len(claimed) == 1
+    assert runs.items == ["x"]
+    assert swept

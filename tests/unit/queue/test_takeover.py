@@ -130,44 +130,6 @@ async def test_a_worker_that_was_at_rest_is_taken_over_as_soon(beat_lands: bool)
     assert at - killed_at <= TTL_S + MARGIN_S + POLL_S + 1
 
 
-@pytest.mark.parametrize("resting", [False, True], ids=["none on its way", "one on its way as it claims"])
-@virtual
-async def test_a_worker_that_was_at_rest_trusts_no_long_lease_once_it_claims(resting: bool) -> None:
-    """No beat of it lands after its claim: its handler is stopped before another worker runs the message."""
-    bed = Bed()
-    started, stopped, taken = Seen(), Seen(), Seen()
-
-    async def hang(payload: int) -> None:
-        started(payload)
-        try:
-            await anyio.sleep_forever()
-        finally:
-            stopped(anyio.current_time())
-
-    async def handler(payload: int) -> None:
-        taken(anyio.current_time())
-
-    worker = Killable(bed, hang)
-    async with anyio.create_task_group() as group:
-        group.start_soon(worker.run)
-        await worker.ready.wait()
-        async with bed.queue() as producer:
-            await anyio.sleep(AT_REST_S)
-            if resting:
-                on_its_way = worker.faults.hold_reply("put", key="plugin/workers/*")
-                await on_its_way.reached.wait()
-            await producer.enqueue(1)
-            await started.count(1)
-            worker.faults.unavailable(key="plugin/workers/*")
-            if resting:
-                on_its_way.open()
-            async with bed.queue(on_message=handler):
-                (taken_at,) = await taken.count(1)
-                (stopped_at,) = await stopped.count(1)
-            worker.kill()
-    assert stopped_at < taken_at
-
-
 @virtual
 async def test_a_worker_that_left_is_taken_over_at_once() -> None:
     """A claim whose owner has no heartbeat is free for the taking, without waiting for any lease."""
