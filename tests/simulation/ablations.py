@@ -397,12 +397,14 @@ def fencing(patch: Patch) -> None:
     acted_by="test_a_worker_that_was_at_rest_trusts_no_long_lease_once_it_claims",
 )
 def short_trust_of_a_claim(patch: Patch) -> None:
-    def needed(self: Any) -> None:
-        if self._quiet:
-            self._quiet = False
-            self.hurry()
+    original = registry.Lease.needed
 
-    patch.setattr(registry.Lease, "needed", needed)
+    def trusting(self: Any) -> None:
+        until = self._trusted_until
+        original(self)
+        self._trusted_until = until
+
+    patch.setattr(registry.Lease, "needed", trusting)
 
 
 @ablation("A worker stops by its own clock when its lease was not renewed", focus=LONG_CUTS)

@@ -19,6 +19,7 @@ from s3queue_async.engine.config import QueueConfig
 from s3queue_async.engine.dedup import Marker
 from s3queue_async.engine.registry import Heartbeat, Sums
 from s3queue_async.engine.settler import HistoryRecord
+from s3queue_async.engine.tombstones import Tombstone
 from s3queue_async.figures import FIGURES, LATENCIES
 from s3queue_async.metrics import DOLLARS_PER_MILLION
 from s3queue_async.middleware.idempotency import Completed
@@ -192,7 +193,7 @@ def test_layout_names_every_field() -> None:
     """Each field of each object stands in docs/object_layout.md."""
     text = page("docs/object_layout.md")
     for kind in (QueueConfig, segment.Index, segment.Record, segment.Failure, Envelope, Claim, Move, Heartbeat, Marker,
-                 Sums, HistoryRecord, Timetable, Definition, Completed):  # fmt: skip
+                 Sums, Tombstone, HistoryRecord, Timetable, Definition, Completed):  # fmt: skip
         missing = [name for name in kind.__struct_fields__ if not re.search(rf'[`" \[]{name}[`",\]]', text)]
         assert not missing, kind
 
@@ -200,7 +201,7 @@ def test_layout_names_every_field() -> None:
 def test_layout_examples_are_read_by_the_code() -> None:
     """Each JSON example is an object as the code writes it."""
     kinds: list[Any] = [
-        QueueConfig, segment.Index, Claim, Heartbeat, Board, Marker, Timetable, Sums, list[HistoryRecord],
+        QueueConfig, segment.Index, Claim, Heartbeat, Board, Marker, Timetable, Sums, Tombstone, list[HistoryRecord],
     ]  # fmt: skip
     seen: set[Any] = set()
     for block in blocks("docs/object_layout.md", "json"):

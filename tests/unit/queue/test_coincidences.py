@@ -219,7 +219,7 @@ async def test_a_key_that_was_made_while_the_local_clock_was_ahead() -> None:
 
 @virtual
 async def test_a_worker_that_was_at_rest_trusts_no_long_lease_once_it_claims() -> None:
-    """Its last beat, under way as it claims, says that it rests, and none lands after that: its handler is stopped before
+    """A beat that hangs as it claims, and says that it rests, keeps others from landing: its handler is stopped before
     another worker runs the message.
     """
     bed = Bed()
@@ -241,12 +241,11 @@ async def test_a_worker_that_was_at_rest_trusts_no_long_lease_once_it_claims() -
         await worker.ready.wait()
         async with bed.queue() as producer:
             await anyio.sleep(60)
-            on_its_way = worker.faults.hold_reply("put", key="plugin/workers/*")
-            await on_its_way.reached.wait()
+            hanging = worker.faults.hold("put", key="plugin/workers/*")
+            await hanging.reached.wait()
             await producer.enqueue(1)
             await started.count(1)
             worker.faults.unavailable(key="plugin/workers/*")
-            on_its_way.open()
             async with bed.queue(on_message=handler):
                 (taken_at,) = await taken.count(1)
                 (stopped_at,) = await stopped.count(1)
