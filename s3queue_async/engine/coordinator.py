@@ -147,6 +147,7 @@ class Coordinator:
         capacity: How many messages that worker handles at a time, now.
         is_at_work: Whether it holds anything.
         on_tickets: Takes the tickets for the worker in this process, from memory.
+        ended: Whether a segment is a late copy, which nobody runs.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Coordinator:
         capacity: Callable[[], int],
         is_at_work: Callable[[], bool],
         on_tickets: Callable[[list[Ticket]], None],
+        ended: Callable[[str], bool],
     ) -> None:
         self._shared = shared
         self._registry = registry
@@ -169,6 +171,7 @@ class Coordinator:
         self._capacity = capacity
         self._is_at_work = is_at_work
         self._on_tickets = on_tickets
+        self._ended = ended
         settings = shared.settings
         self._pace = Polling(
             min_s=settings.dispatch_interval, max_s=max(settings.dispatch_interval, settings.max_poll_interval)
@@ -416,6 +419,8 @@ class Coordinator:
         self.busy = False
         for key in segments:
             name = key.name
+            if self._ended(name):
+                continue
             landed_s = claims.get(name)
             if landed_s is None:
                 claimable.append(key)

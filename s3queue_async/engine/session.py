@@ -124,6 +124,7 @@ class Session:
             capacity=self._capacity_now,
             is_at_work=lambda: bool(self.held),
             on_tickets=self._take_tickets,
+            ended=self.tombstones.names,
         )
         self.recovery = Recovery(
             shared,

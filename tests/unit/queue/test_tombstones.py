@@ -13,9 +13,11 @@ import pytest
 from s3queue_async import S3Queue, Settings
 from s3queue_async.engine import tombstones
 from s3queue_async.engine.tombstones import Tombstone
+from s3queue_async.protocol import board as boards
 from s3queue_async.protocol import layout
 from tests.unit.queue.bed import QUIET, Bed, Seen, eventually, virtual
 
+BOARD = f"plugin/{layout.COORDINATOR}/{layout.BOARD}"
 TOMBSTONES = f"plugin/{layout.TOMBSTONES}/"
 WORKERS = f"plugin/{layout.WORKERS}/"
 
@@ -72,6 +74,41 @@ async def test_a_late_copy_is_not_run_by_who_comes_next(comes_after_s: float) ->
         assert await clean(bed)
     assert runs.items == ["x", "y"]
     assert await bed.keys(TOMBSTONES) == []
+
+
+@virtual
+async def test_a_coordinator_gives_no_ticket_for_a_late_copy() -> None:
+    """It would go to nobody, and with few tickets nothing else would be given away meanwhile."""
+    bed = Bed()
+    runs = Runs()
+    async with copied(bed, runs) as (_, copies):
+        pass
+    for key, body in copies.items():
+        await bed.memory.put(key, body)
+    settings = Settings(ticket_batch=1)
+    tickets: set[str] = set()
+    async with (
+        bed.queue(settings=settings, on_message=runs.handle) as one,
+        bed.queue(settings=settings, on_message=runs.handle) as other,
+        bed.queue(settings=settings) as producer,
+    ):
+        await one.start_processing()
+        await other.start_processing()
+        await eventually(lambda: _leads(one, other))
+        await producer.enqueue("y")
+        while await bed.keys(TOMBSTONES):
+            board = bed.bodies().get(BOARD)
+            if board is not None:
+                tickets.update(ticket.key for ticket in boards.decode(BOARD, board).tickets)
+            await anyio.sleep(0.05)
+        await runs.count(2)
+    assert runs.items == ["x", "y"]
+    assert tickets.isdisjoint(copies)
+
+
+async def _leads(*queues: S3Queue[Any]) -> bool:
+    sessions = [queue._session for queue in queues if queue.is_coordinator]
+    return any(session is not None and session.coordination.active_workers > 1 for session in sessions)
 
 
 @virtual
