@@ -51,7 +51,7 @@ demo: $(VENV)/.installed-demo ## Index Python's standard library with two worker
 demo-s3: $(VENV)/.installed-demo ## The same on a real S3 server (SeaweedFS, from a wheel)
 	$(BIN)/python -m examples.demo --s3
 
-bench: setup bench-peers ## Everything beside the bare loop and other queues: docs/performance.md (10 minutes)
+bench: setup bench-peers ## Everything beside the bare loop and other queues: docs/performance.md (9 to 17 minutes)
 	$(BIN)/python -m benchmarks.bench --docs
 	$(BIN)/python -m benchmarks.memory
 

@@ -1,6 +1,6 @@
 """All benchmarks in one run, on one SeaweedFS and one Redis of its own: ``make bench``.
 
-    python -m benchmarks.bench                       everything, in less than 15 minutes on two cores
+    python -m benchmarks.bench                       everything, in 9 minutes on two fast cores
     python -m benchmarks.bench --only cost,latency   some parts
     python -m benchmarks.bench --scale 0.02 --rounds 1   a trial of all parts, in small
     python -m benchmarks.bench --docs                write docs/performance.json, its plots and the tables of performance.md
