@@ -521,9 +521,11 @@ class Lease:
             self._unanswered.clear()
             self._last_beat = sent_at
             self._nonce = nonce
-            if quiet and not self._quiet:
-                # Something was claimed meanwhile, of which this beat says nothing.
-                self._cut_short = nonce
-                return
-            self._cut_short = ""
-            self._trusted_until = trusted_until
+            claimed_meanwhile = quiet and not self._quiet
+            self._cut_short = nonce if claimed_meanwhile else ""
+            if claimed_meanwhile:
+                # This beat says nothing of that. What claims name it cut short ends later than this, all the same.
+                short = sent_at + settings.visibility_timeout - settings.lease_margin
+                self._trusted_until = max(self._trusted_until, short)
+            else:
+                self._trusted_until = trusted_until

@@ -31,13 +31,14 @@ class Killable:
         self.handler = handler
         self.dead = anyio.Event()
         self.ready = anyio.Event()
+        self.queue: S3Queue[Any]
 
     async def run(self) -> None:
         """Work until it is killed."""
         with anyio.CancelScope() as scope:
             self.scope = scope
-            async with self.bed.queue(storage=self.storage, on_message=self.handler, **self.options) as queue:
-                await queue.start_processing()
+            async with self.bed.queue(storage=self.storage, on_message=self.handler, **self.options) as self.queue:
+                await self.queue.start_processing()
                 self.ready.set()
                 await anyio.sleep_forever()
 
@@ -128,6 +129,35 @@ async def test_a_worker_that_was_at_rest_is_taken_over_as_soon(beat_lands: bool)
             await anyio.sleep(10)
     assert payload == 1
     assert at - killed_at <= TTL_S + MARGIN_S + POLL_S + 1
+
+
+@virtual
+async def test_a_beat_that_lands_while_something_is_claimed_renews_the_lease() -> None:
+    """It says that the worker rests, and is no reason to trust a long lease; it is one to trust a short one."""
+    bed = Bed()
+    started = Seen()
+
+    async def hang(payload: int) -> None:
+        started(payload)
+        await anyio.sleep_forever()
+
+    worker = Killable(bed, hang)
+    async with anyio.create_task_group() as group:
+        group.start_soon(worker.run)
+        await worker.ready.wait()
+        beating = worker.faults.hold_reply("put", key="plugin/workers/*")
+        async with bed.queue() as producer:
+            await beating.reached.wait()
+            await producer.enqueue(1)
+            await started.count(1)
+            worker.faults.hold("put", key="plugin/workers/*")
+            beating.open()
+            await anyio.sleep(0.1)
+            assert worker.queue._session is not None
+            left_s = worker.queue._session.lease.trust_left_s
+            worker.kill()
+    # The beat before it came ten seconds earlier.
+    assert TTL_S - MARGIN_S - POLL_S < left_s <= TTL_S - MARGIN_S
 
 
 @virtual
