@@ -160,8 +160,8 @@ class Bed:
 
         What the last one had just ended is named for the next one, who deletes that (see test_tombstones.py).
         """
-        kept = (layout.CONFIG, "plugin/totals/all", f"plugin/{layout.TOMBSTONES}/")
-        return [key for key in await self.keys() if not key.startswith(kept)]
+        kept = (layout.CONFIG, "plugin/totals/all", *await self.keys(f"plugin/{layout.TOMBSTONES}/"))
+        return [key for key in await self.keys() if key not in kept]
 
     def bodies(self) -> dict[str, bytes]:
         """What is in the store at this very moment."""

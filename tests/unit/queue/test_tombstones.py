@@ -44,6 +44,15 @@ async def copied(bed: Bed, runs: Runs) -> AsyncIterator[tuple[S3Queue[Any], dict
         yield queue, copies
 
 
+async def left_with_a_copy(bed: Bed, runs: Runs) -> dict[str, bytes]:
+    """The same, once it has left and the late write has landed; returns what landed."""
+    async with copied(bed, runs) as (_, copies):
+        pass
+    for key, body in copies.items():
+        await bed.memory.put(key, body)
+    return copies
+
+
 async def gone(bed: Bed) -> bool:
     return not await bed.keys(layout.READY)
 
@@ -60,12 +69,9 @@ async def test_a_late_copy_is_not_run_by_who_comes_next(comes_after_s: float) ->
     """Whenever the next worker comes: it runs nothing of it, and leaves neither the copy nor the tombstone behind."""
     bed = Bed()
     runs = Runs()
-    async with copied(bed, runs) as (_, copies):
-        pass
+    await left_with_a_copy(bed, runs)
     assert len(await bed.keys(TOMBSTONES)) == 1
     assert await bed.keys(layout.CLAIMS) == []
-    for key, body in copies.items():
-        await bed.memory.put(key, body)
     await anyio.sleep(comes_after_s)
     async with bed.queue(on_message=runs.handle) as queue:
         await queue.enqueue("y")
@@ -81,10 +87,7 @@ async def test_a_coordinator_gives_no_ticket_for_a_late_copy() -> None:
     """It would go to nobody, and with few tickets nothing else would be given away meanwhile."""
     bed = Bed()
     runs = Runs()
-    async with copied(bed, runs) as (_, copies):
-        pass
-    for key, body in copies.items():
-        await bed.memory.put(key, body)
+    copies = await left_with_a_copy(bed, runs)
     settings = Settings(ticket_batch=1)
     tickets: set[str] = set()
     async with (
@@ -146,12 +149,9 @@ async def test_a_tombstone_that_cannot_be_written() -> None:
     bed = Bed()
     runs = Runs()
     refused = bed.faults.unavailable("put", key=TOMBSTONES + "*")
-    async with copied(bed, runs) as (_, copies):
-        pass
+    await left_with_a_copy(bed, runs)
     bed.faults.remove(refused)
     assert len(await bed.keys(layout.CLAIMS)) == 1
-    for key, body in copies.items():
-        await bed.memory.put(key, body)
     async with bed.queue(on_message=runs.handle) as queue:
         await queue.start_processing()
         await anyio.sleep(10 * QUIET.visibility_timeout)
@@ -165,10 +165,7 @@ async def test_nothing_is_claimed_before_tombstones_are_read(retriable: bool) ->
     """They cannot be read for a while: the worker beats, and begins once it knows what must not be run."""
     bed = Bed()
     runs = Runs()
-    async with copied(bed, runs) as (_, copies):
-        pass
-    for key, body in copies.items():
-        await bed.memory.put(key, body)
+    await left_with_a_copy(bed, runs)
     away = bed.faults.unavailable("list", key=TOMBSTONES + "*", retriable=retriable)
     async with bed.queue(on_message=runs.handle) as queue:
         await queue.enqueue("y")
