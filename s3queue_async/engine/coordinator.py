@@ -184,6 +184,7 @@ class Coordinator:
         self._workers: dict[str, Peer] = {}
         self._known: set[str] = set()
         self._next_workers = -math.inf
+        self._lease_ends = math.inf
         self._next_joiners = -math.inf
         self._joined_at = -math.inf
         self._next_delayed = -math.inf
@@ -244,6 +245,7 @@ class Coordinator:
         self._published = None
         self._began_at = self._listed_at = self._shared.clock.monotonic()
         self._next_workers = self._next_delayed = -math.inf
+        self._lease_ends = math.inf
         self._holders.clear()
         self._listed.clear()
         self._taken.clear()
@@ -259,6 +261,7 @@ class Coordinator:
         wait_s = self._pace.delay_s(self._shared.random.random())
         if self._due_ms is not None:
             wait_s = min(wait_s, self._due_ms / 1000 - self._shared.time.earliest())
+        wait_s = min(wait_s, self._lease_ends - self._shared.clock.monotonic())
         # Tickets need not be there sooner than they are seen.
         return max(self._shared.settings.dispatch_interval / 2, self._poll_s / 4, wait_s)
 
@@ -283,9 +286,10 @@ class Coordinator:
             await self._look_at_workers(changed_too=True)
             # Whoever does not renew its lease is looked at again as soon as that is over.
             lefts = (self._registry.lease_left_s(peer) for peer in self._workers.values())
-            soonest_s = max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
+            looked_at = shared.clock.monotonic()
+            self._lease_ends = looked_at + max(HEARTBEATS_LOOK_MIN_S, min(lefts, default=math.inf))
             intervals = HEARTBEATS_LOOK_AT_REST if self._at_rest and not self.busy else HEARTBEATS_LOOK
-            self._next_workers = now + min(soonest_s, intervals * shared.settings.heartbeat_interval)
+            self._next_workers = min(self._lease_ends, looked_at + intervals * shared.settings.heartbeat_interval)
         elif now >= self._next_joiners and (
             self._tickets or self.busy or self.active_workers == 1 or now - self._joined_at < JOINING_S
         ):

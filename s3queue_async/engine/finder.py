@@ -131,6 +131,8 @@ class Finder:
         self._left: dict[str, float] = {}
         self._hungry_s = HUNGRY_AFTER_S
         self._hungry_at = 0.0
+        self._looked_hungrily_at = -math.inf
+        self._free_at = math.inf
         self._tickets: list[Ticket] = []
         self._has_tickets = False
         self.listed = 0
@@ -186,7 +188,9 @@ class Finder:
 
     def block(self, name: str, for_s: float) -> None:
         """Leave a segment alone for a while; a claim is known to be in its way."""
-        self._blocked[name] = self._shared.clock.monotonic() + max(0.0, for_s)
+        free_at = self._blocked[name] = self._shared.clock.monotonic() + max(0.0, for_s)
+        if for_s > 0:
+            self._may_be_free(free_at)
 
     def unblock(self, name: str) -> None:
         """There is no claim in the way any more."""
@@ -286,11 +290,11 @@ class Finder:
         self._peers = self._others()
         found = await self._scan(now, wanted=self._is_neglected)
         self._hungry_s = self._patience_s if found else min(HUNGRY_MAX_S, 2 * max(self._hungry_s, self._patience_s))
-        now = self._shared.clock.monotonic()
-        # What is somebody else's may be nobody's by then.
-        free_in_s = min((look_at - now for look_at in self._blocked.values() if look_at > now), default=self._hungry_s)
-        wait_s = min(free_in_s, self._hungry_s * (1 - 0.5 * self._shared.random.random()))
-        self._hungry_at = now + max(self._patience_s, wait_s)
+        looked_at, now = now, self._shared.clock.monotonic()
+        wait_s = max(self._patience_s, self._hungry_s * (1 - 0.5 * self._shared.random.random()))
+        self._looked_hungrily_at, self._hungry_at = now, now + wait_s
+        self._free_at = math.inf
+        self._may_be_free(min((at for at in self._blocked.values() if at > looked_at), default=math.inf))
         return found
 
     def _plan(self, *, found: bool, busy: bool) -> None:
@@ -306,6 +310,17 @@ class Finder:
             self._polling.empty(cap_s=BUSY_POLL_CAP_S if busy else None)
         chance = shared.random.random()
         self._next_look = now + max(least_s * (1 - 0.25 * chance), self._polling.delay_s(chance))
+        if now < self._free_at:
+            # A look that comes a little too early would leave it to the next.
+            self._next_look = min(self._next_look, self._free_at)
+
+    def _may_be_free(self, at: float) -> None:
+        """What is somebody else's now may be nobody's by then: list again at that time."""
+        at = max(at, self._looked_hungrily_at + self._patience_s / 2)
+        if at < self._free_at and self._is_coordinated:
+            self._free_at = at
+            self._hungry_at = min(self._hungry_at, at)
+            self._next_look = min(self._next_look, at)
 
     @property
     def _patience_s(self) -> float:

@@ -82,6 +82,7 @@ class Session:
         self.shared = shared
         self.worker_id = worker_id
         self.capacity = capacity
+        self._alone = True
         self.registry = Registry(shared)
         self.lease = Lease(shared, self.registry, worker_id, self._vitals)
         self.settler = Settler(shared, self.lease, on_end=self._on_end)
@@ -350,8 +351,13 @@ class Session:
         self.claimer.notice()
 
     def _take_tickets(self, tickets: list[Ticket]) -> None:
+        was_alone, self._alone = self._alone, self.coordinator.active_workers == 1
         # Who has just become the only worker waits for nobody's tickets any more.
-        if self.finder.notice_tickets(tickets) or self.coordinator.active_workers == 1:
+        has_tickets = self.finder.notice_tickets(tickets)
+        if self._alone and not was_alone:
+            # What the last of the others held may be free.
+            self.claimer.notice()
+        elif has_tickets or self._alone:
             self.claimer.poke()
 
     # -- starting ------------------------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 from typing import Any
 
 import anyio
 import pytest
 
 from s3queue_async import Context, S3Queue, Settings
+from s3queue_async.engine.finder import HUNGRY_AFTER_S
 from s3queue_async.protocol import claim as claims
+from s3queue_async.protocol import layout
 from s3queue_async.protocol.layout import SegmentKey
 from s3queue_async.storage.base import LIST_LIMIT_MAX, Condition, IfAbsent, Page, Storage, Written
 from s3queue_async.testing.clock import LoopClock
@@ -84,6 +87,9 @@ async def test_a_lost_worker_is_taken_over_in_time() -> None:
     assert [key for key in await bed.leftovers() if not key.startswith("claims/")] == []
 
 
+LATENCY_S = 0.02
+LOOK_AND_TAKEOVER = 10
+"""So many requests are made one after the other from the look to the start of what is taken over."""
 AT_REST_S = 60.0
 """A worker that holds nothing for so long beats rarely, under a long lease."""
 
@@ -129,6 +135,100 @@ async def test_a_worker_that_was_at_rest_is_taken_over_as_soon(beat_lands: bool)
             await anyio.sleep(10)
     assert payload == 1
     assert at - killed_at <= TTL_S + MARGIN_S + POLL_S + 1
+
+
+@pytest.mark.parametrize("lost", ["coordinator", "follower"])
+@virtual
+async def test_idle_workers_look_again_as_soon_as_a_lease_is_over(lost: str) -> None:
+    """Whoever leads looks at that very moment, or a second later if it has just looked; not a whole poll later."""
+    for seed in range(12):
+        over_s = TTL_S + MARGIN_S + HUNGRY_AFTER_S + LOOK_AND_TAKEOVER * LATENCY_S
+        assert await _taken_from_the_idle_after_s(seed, lost) <= over_s
+
+
+async def _taken_from_the_idle_after_s(seed: int, lost: str) -> float:
+    """How long after the kill something runs that a worker had been given as both were at rest."""
+    random = Random(seed)
+    bed = Bed(latency_s=LATENCY_S, seed=seed)
+    started, taken = Seen(), Seen()
+
+    async def hang(payload: int) -> None:
+        started(payload)
+        await anyio.sleep_forever()
+
+    async def handler(payload: int) -> None:
+        taken(anyio.current_time())
+
+    victim = Killable(bed, hang, settings=Settings())
+    lane, _ = bed.lane()
+    async with anyio.create_task_group() as group:
+        if lost == "coordinator":
+            group.start_soon(victim.run)
+            await victim.ready.wait()
+            await anyio.sleep(AT_REST_S)
+        async with bed.queue(storage=lane, settings=Settings(), on_message=handler) as survivor:
+            await anyio.sleep(AT_REST_S)
+            if lost == "follower":
+                group.start_soon(victim.run)
+                await victim.ready.wait()
+                await anyio.sleep(AT_REST_S)
+            await victim.queue.enqueue(1)
+            await started.count(1)
+            await anyio.sleep(10 * random.random())
+            assert survivor.health().coordinator == (lost == "follower")
+            killed_at = anyio.current_time()
+            victim.kill()
+            (at,) = await taken.count(1)
+            await anyio.sleep(10)
+    return float(at) - killed_at
+
+
+@pytest.mark.parametrize("poll_s", [0.1, 5.0])
+@virtual
+async def test_who_found_a_segment_claimed_looks_again_as_soon_as_that_lease_is_over(poll_s: float) -> None:
+    """Also while the board of a coordinator that is lost still counts, which it does for longer than this lease."""
+    settings = Settings(visibility_timeout=3, heartbeat_interval=0.3, poll_interval=poll_s)
+    over_s = settings.visibility_timeout + settings.lease_margin
+    for seed in range(40):
+        after_s = await _taken_from_the_coordinator_after_s(seed, settings)
+        assert after_s <= over_s + HUNGRY_AFTER_S / 2 + LOOK_AND_TAKEOVER * LATENCY_S
+
+
+async def _taken_from_the_coordinator_after_s(seed: int, settings: Settings) -> float:
+    """How long after the kill something runs that another worker had found in the coordinator's hands."""
+    random = Random(seed)
+    bed = Bed(latency_s=LATENCY_S, seed=seed)
+    started, taken = Seen(), Seen()
+
+    async def hang(payload: int) -> None:
+        started(payload)
+        await anyio.sleep_forever()
+
+    async def handler(payload: int) -> None:
+        taken(anyio.current_time())
+
+    victim = Killable(bed, hang, settings=settings)
+    lane, _ = bed.lane()
+
+    async def found_claimed() -> bool:
+        return any(call.operation == "list" and call.keys == (layout.CLAIMS,) for call in lane.calls)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(victim.run)
+        await victim.ready.wait()
+        await anyio.sleep(AT_REST_S)
+        async with bed.queue(storage=lane, settings=settings, on_message=handler):
+            await anyio.sleep(AT_REST_S * random.random())
+            await victim.queue.enqueue(1)
+            await started.count(1)
+            lane.calls.clear()
+            await eventually(found_claimed)
+            await anyio.sleep(settings.visibility_timeout * random.random())
+            assert victim.queue.health().coordinator
+            killed_at = anyio.current_time()
+            victim.kill()
+            (at,) = await taken.count(1)
+    return float(at) - killed_at
 
 
 @virtual
