@@ -7,6 +7,8 @@ PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+# The tests start hundreds of processes; where this is set, each compiles the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 CODE := s3queue_async pytest_s3queue.py tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
