@@ -261,7 +261,9 @@ class Coordinator:
         wait_s = self._pace.delay_s(self._shared.random.random())
         if self._due_ms is not None:
             wait_s = min(wait_s, self._due_ms / 1000 - self._shared.time.earliest())
-        wait_s = min(wait_s, self._lease_ends - self._shared.clock.monotonic())
+        lease_left_s = self._lease_ends - self._shared.clock.monotonic()
+        if lease_left_s > 0:
+            wait_s = min(wait_s, lease_left_s)
         # Tickets need not be there sooner than they are seen.
         return max(self._shared.settings.dispatch_interval / 2, self._poll_s / 4, wait_s)
 

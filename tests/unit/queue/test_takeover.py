@@ -11,6 +11,7 @@ import pytest
 
 from s3queue_async import Context, S3Queue, Settings
 from s3queue_async.engine.finder import HUNGRY_AFTER_S
+from s3queue_async.engine.registry import QUIET_FACTOR
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import layout
 from s3queue_async.protocol.layout import SegmentKey
@@ -229,6 +230,37 @@ async def _taken_from_the_coordinator_after_s(seed: int, settings: Settings) -> 
             victim.kill()
             (at,) = await taken.count(1)
     return float(at) - killed_at
+
+
+@virtual
+async def test_a_lease_that_is_over_hurries_nobody_while_the_store_is_away() -> None:
+    """A coordinator that cannot look at that moment tries again at its pace."""
+    bed = Bed()
+
+    async def handler(payload: int) -> None: ...
+
+    victim = Killable(bed, handler, settings=Settings())
+    lane, faults = bed.lane()
+    async with (
+        bed.queue(storage=lane, settings=Settings(), on_message=handler) as survivor,
+        anyio.create_task_group() as group,
+    ):
+        await anyio.sleep(AT_REST_S)
+        group.start_soon(victim.run)
+        await victim.ready.wait()
+        await anyio.sleep(AT_REST_S)
+        assert survivor.health().coordinator
+        victim.kill()
+        # It was at rest: its lease is over somewhere in the middle of the outage.
+        await anyio.sleep(QUIET_FACTOR * TTL_S - 80)
+        away = faults.unavailable(retriable=False)
+        lane.calls.clear()
+        await anyio.sleep(90)
+        tries = len(lane.calls)
+        faults.remove(away)
+        await anyio.sleep(AT_REST_S)
+        assert survivor.health().coordinator
+    assert tries < 90
 
 
 @virtual
