@@ -9,6 +9,7 @@ from enum import Enum, auto
 from s3queue_async.engine.shared import Shared
 from s3queue_async.errors import CorruptObject, QueueError, StoreUnavailable, Throttled
 from s3queue_async.events import SegmentVoided
+from s3queue_async.log import log
 from s3queue_async.protocol import claim as claims
 from s3queue_async.protocol import segment as segments
 from s3queue_async.protocol.layout import SegmentKey
@@ -111,7 +112,13 @@ async def look(
     # Before the DELETE, which may have to wait for its turn until a claim would not linger any more (found by simulation).
     seen.answered(shared)
     shared.bus.emit(SegmentVoided(key=key.text))
-    await shared.storage.delete(key.text)
+    try:
+        await shared.storage.delete(key.text)
+    except (StoreUnavailable, Throttled) as error:
+        if not void:
+            raise
+        # It stays void, and whoever lists it deletes it.
+        log.debug("a void segment could not be deleted", segment=key.name, error=str(error))
     if ran:
         return Fate.WRITTEN
     # An earlier request may still land in time, unless time is over.

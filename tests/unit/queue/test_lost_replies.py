@@ -136,6 +136,27 @@ async def test_an_enqueue_that_lands_late_is_void() -> None:
 
 
 @virtual
+async def test_a_void_segment_that_cannot_be_deleted_now_makes_no_enqueue_ambiguous() -> None:
+    """It is void whether or not its writer has deleted it: the message is written anew at once (seed 10694)."""
+    bed = Bed()
+    once = Once()
+    lane, faults = bed.lane()
+    faults.delay(QUIET.segment_age + 1, "put", key="ready/*")
+    faults.throttle("delete", key="ready/*", times=None)
+    ambiguous = Seen()
+    async with bed.queue(storage=lane) as producer, bed.queue(on_message=once):
+        producer.on("enqueue.ambiguous", ambiguous)
+        began_at = anyio.current_time()
+        await producer.enqueue("good")
+        assert anyio.current_time() - began_at < QUIET.segment_age + 2
+        await once.done.count(1)
+        await anyio.sleep(30)
+    assert once.ended == {"good": 1}
+    assert ambiguous.items == []
+    assert await bed.leftovers() == []
+
+
+@virtual
 async def test_a_first_try_that_lands_after_the_second_was_handled() -> None:
     """The request is late, the same key is written again, handled and deleted, and then the first one arrives.
 
