@@ -96,6 +96,7 @@ def _n(value: float, digits: int = 0) -> str:
 
 
 def _bare(part: Any) -> Iterator[Sheet]:
+    rounds_of = {row["scheme"]: row["rounds"] for row in part["rows"]}
     sheet = Sheet(
         "Beside the bare loop",
         (
@@ -111,7 +112,8 @@ def _bare(part: Any) -> Iterator[Sheet]:
         note="A bare loop issues the same S3 requests with no queue around them: on aiobotocore's own calls, as a "
         "program without this library would, with a round trip more for each PUT (Expect: 100-continue); and on this "
         "library's storage adapter, without that, and with less of the client's CPU a request. The queue's part of its "
-        "rate is the median of the ratios of neighbouring runs, so it is not the quotient of the two medians. CPU is the "
+        "rate is the median of the ratios of neighbouring runs, so it is not the quotient of the two medians "
+        f"({', '.join(f'{CLIENTS[scheme]}: {rounds} rounds' for scheme, rounds in rounds_of.items())}). CPU is the "
         "client's.",
     )
     for row in part["rows"]:
@@ -229,8 +231,8 @@ def _concurrency(part: Any) -> Iterator[Sheet]:
             [str(row["concurrency"]), _n(row["process_rate"]), "" if row["ratio"] is None else _n(row["ratio"], 2)]
             for row in part["rows"]
         ],
-        note=f"A backlog of {part['messages']:,} messages and one worker process, from the word to begin to the last "
-        "handler. The last column is the median of the ratios of neighbouring runs.",
+        note=f"A backlog of {part['messages']:,} messages and one worker, from its start until all is settled and it is "
+        f"gone; {part['rounds']} rounds. The last column is the median of the ratios of neighbouring runs.",
         plot="performance-load.png",
     )
 
@@ -291,7 +293,8 @@ def _backlog(part: Any) -> Iterator[Sheet]:
             "worker MiB", "at most",
         ),
         note=f"{part['sample']:,} messages are enqueued, then as many processed by a new process, beside so many others, "
-        f"at 50 messages a segment. The million were enqueued at {part['fill_rate']:,.0f} a second.",
+        f"at 50 messages a segment; {part['rounds']} rounds. The million were enqueued at {part['fill_rate']:,.0f} a "
+        "second.",
     )  # fmt: skip
     for row in part["rows"]:
         sheet.rows.append(

@@ -19,7 +19,8 @@ from s3queue_async import S3Queue, Settings
 PER_SEGMENT = 50
 SETTINGS: dict[str, Any] = {"segment_messages_max": PER_SEGMENT}
 MILLION = 1_000_000
-SAMPLE = 50_000
+SAMPLE = 20_000
+ROUNDS = 3
 WINDOW_PART = 0.25
 SMALL = (50, 5_000)
 HISTORY = 10_000
@@ -36,7 +37,8 @@ async def backlog(bench: Bench) -> Results:
     bench.say(f"  {million:,} messages enqueued in {filled_s:.1f} s")
     enqueue: dict[str, list[float]] = {"empty": [], "million": []}
     process: dict[str, list[Seen]] = {"empty": [], "million": []}
-    for number in range(bench.rounds + 1 if bench.rounds > 1 else 1):
+    rounds = bench.many(ROUNDS)
+    for number in range(rounds):
         pair = [("empty", bench.url(bench.place("empty"))), ("million", big)]
         # Each goes first in turn.
         for name, url in pair[:: 1 if number % 2 else -1]:
@@ -58,6 +60,7 @@ async def backlog(bench: Bench) -> Results:
     return {
         "fill_rate": round(million / filled_s, 1),
         "sample": sample,
+        "rounds": rounds,
         "rows": rows,
         "ratios": {
             "enqueue": neighbours(enqueue["million"], enqueue["empty"]),

@@ -65,6 +65,10 @@ class Bench:
         """So many messages at this scale."""
         return max(least, round(messages * self.scale) // multiple * multiple, multiple)
 
+    def many(self, times: int) -> int:
+        """So many times as many rounds as elsewhere, where a ratio is judged that single runs tell little of."""
+        return times * self.rounds if self.rounds > 1 else 1
+
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 

@@ -21,7 +21,9 @@ from s3queue_async.storage.metered import OPERATIONS
 from s3queue_async.storage.open import storage_from_url
 
 CONCURRENCIES = (3, 10, 50)
-CONCURRENCY_MESSAGES = 128_000
+CONCURRENCY_MESSAGES = 25_600
+CONCURRENCY_ROUNDS = 7
+"""Many and short: a shared machine's speed changes by half within seconds, which tells more than the slots do."""
 STEADY_RATES = (10, 100, 1000, 5000)
 STEADY_S = 4.0
 TICK_S = 0.01
@@ -40,19 +42,18 @@ MIXED_SINGLES = 20
 
 async def concurrency(bench: Bench) -> Results:
     """The drain of a backlog by the number of handlers at a time."""
-    messages = bench.count(CONCURRENCY_MESSAGES, multiple=256)
+    messages, rounds = bench.count(CONCURRENCY_MESSAGES, multiple=256), bench.many(CONCURRENCY_ROUNDS)
     found: dict[int, list[float]] = defaultdict(list)
-    # Twice as many as elsewhere: single drains on a shared machine differ by a quarter, which tells more than the slots do.
-    for number in range(2 * bench.rounds):
+    for number in range(rounds):
         # There and back, so that a machine that slows down or recovers favours none.
         for most in CONCURRENCIES if number % 2 == 0 else reversed(CONCURRENCIES):
-            rate, _ = await _drained(bench, messages, [most])
-            found[most].append(rate)
+            run = exact(await drain(Ours(bench.place("concurrency"), concurrency=most), messages))
+            found[most].append(run.process.rate)
     rows: list[Results] = []
     for before, most in zip((None, *CONCURRENCIES), CONCURRENCIES, strict=False):
         ratio = None if before is None else neighbours(found[most], found[before])
         rows.append({"concurrency": most, "process_rate": round(median(found[most]), 1), "ratio": ratio})
-    return {"messages": messages, "rows": rows}
+    return {"messages": messages, "rounds": rounds, "rows": rows}
 
 
 async def slow(bench: Bench) -> Results:
