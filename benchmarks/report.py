@@ -134,8 +134,8 @@ def _peers(part: Any) -> Iterator[Sheet]:
             "<queue", "<keeps messages in", "messages", "enqueue/s", "process/s", "lost", "duplicated",
             "one at a time p50 ms", "p99 ms", "<settings",
         ),
-        note="Each in a process of its own, in turn; 100-byte payloads; the handler only remembers what it got. One at a "
-        "time: from the start of an enqueue to the start of its handler, in one process. Redis keeps everything in "
+        note=f"Each in a process of its own, in turn, {part['rounds']} rounds; 100-byte payloads; the handler only "
+        "remembers what it got. One at a time: from the start of an enqueue to the start of its handler, in one process. Redis keeps everything in "
         "memory and writes nothing to disk here, and answers in 0.1 ms where an S3 server takes some: that is "
         "why single messages are faster there. Batches are slower there because each message is a job of its own, with "
         "several commands to Redis; here hundreds share two PUT and a GET.",
@@ -281,7 +281,8 @@ def _processes(part: Any) -> Iterator[Sheet]:
     ]
     yield Sheet(
         "Worker processes", ("processes", "messages/s, all together", "<handled by each"), rows,
-        note=f"A backlog of {part['messages']:,} messages, from the word to begin to the last handler; all included.",
+        note=f"A backlog of {part['messages']:,} messages, from the word to begin to the last handler, all "
+        f"included; {part['rounds']} rounds.",
     )  # fmt: skip
 
 

@@ -64,7 +64,8 @@ async def peers(bench: Bench) -> Results:
         else:
             able.append(entry)
     # What they differ by is so much that a round less shows it.
-    for _ in range(max(1, bench.rounds - 1)):
+    rounds = max(1, bench.rounds - 1)
+    for _ in range(rounds):
         for entry in able:
             if entry.name in bench.skipped:
                 continue
@@ -79,6 +80,7 @@ async def peers(bench: Bench) -> Results:
                 # A peer that fails is no reason to have no figures of the others; the table names it.
                 bench.skipped[entry.name] = str(error)
     return {
+        "rounds": rounds,
         "rows": [
             {
                 "name": entry.name,
@@ -90,7 +92,7 @@ async def peers(bench: Bench) -> Results:
             }
             for entry in able
             if drained[entry.name] and trips[entry.name]
-        ]
+        ],
     }
 
 

@@ -191,12 +191,14 @@ async def processes(bench: Bench) -> Results:
     found: dict[int, list[float]] = defaultdict(list)
     parts: dict[int, list[int]] = {}
     # Long runs, so that getting up to speed counts for little: a round less.
-    for _ in range(max(1, bench.rounds - 1)):
+    rounds = max(1, bench.rounds - 1)
+    for _ in range(rounds):
         for number in PROCESSES:
             rate, parts[number] = await _drained(bench, messages, [CONCURRENCY] * number)
             found[number].append(rate)
     return {
         "messages": messages,
+        "rounds": rounds,
         "ratio": neighbours(found[PROCESSES[-1]], found[PROCESSES[0]]),
         "rows": [
             {"processes": number, "rate": round(median(found[number]), 1), "handled_by_each": parts[number]}

@@ -138,6 +138,25 @@ async def test_a_worker_that_was_at_rest_is_taken_over_as_soon(beat_lands: bool)
     assert at - killed_at <= TTL_S + MARGIN_S + POLL_S + 1
 
 
+def hanging(started: Seen) -> Any:
+    """A handler that says that it was started, and never ends."""
+
+    async def hang(payload: int) -> None:
+        started(payload)
+        await anyio.sleep_forever()
+
+    return hang
+
+
+def noting_when(taken: Seen) -> Any:
+    """A handler that notes when it runs."""
+
+    async def note(payload: int) -> None:
+        taken(anyio.current_time())
+
+    return note
+
+
 @pytest.mark.parametrize("lost", ["coordinator", "follower"])
 @virtual
 async def test_idle_workers_look_again_as_soon_as_a_lease_is_over(lost: str) -> None:
@@ -152,22 +171,14 @@ async def _taken_from_the_idle_after_s(seed: int, lost: str) -> float:
     random = Random(seed)
     bed = Bed(latency_s=LATENCY_S, seed=seed)
     started, taken = Seen(), Seen()
-
-    async def hang(payload: int) -> None:
-        started(payload)
-        await anyio.sleep_forever()
-
-    async def handler(payload: int) -> None:
-        taken(anyio.current_time())
-
-    victim = Killable(bed, hang, settings=Settings())
+    victim = Killable(bed, hanging(started), settings=Settings())
     lane, _ = bed.lane()
     async with anyio.create_task_group() as group:
         if lost == "coordinator":
             group.start_soon(victim.run)
             await victim.ready.wait()
             await anyio.sleep(AT_REST_S)
-        async with bed.queue(storage=lane, settings=Settings(), on_message=handler) as survivor:
+        async with bed.queue(storage=lane, settings=Settings(), on_message=noting_when(taken)) as survivor:
             await anyio.sleep(AT_REST_S)
             if lost == "follower":
                 group.start_soon(victim.run)
@@ -200,15 +211,7 @@ async def _taken_from_the_coordinator_after_s(seed: int, settings: Settings) -> 
     random = Random(seed)
     bed = Bed(latency_s=LATENCY_S, seed=seed)
     started, taken = Seen(), Seen()
-
-    async def hang(payload: int) -> None:
-        started(payload)
-        await anyio.sleep_forever()
-
-    async def handler(payload: int) -> None:
-        taken(anyio.current_time())
-
-    victim = Killable(bed, hang, settings=settings)
+    victim = Killable(bed, hanging(started), settings=settings)
     lane, _ = bed.lane()
 
     async def found_claimed() -> bool:
@@ -218,7 +221,7 @@ async def _taken_from_the_coordinator_after_s(seed: int, settings: Settings) -> 
         group.start_soon(victim.run)
         await victim.ready.wait()
         await anyio.sleep(AT_REST_S)
-        async with bed.queue(storage=lane, settings=settings, on_message=handler):
+        async with bed.queue(storage=lane, settings=settings, on_message=noting_when(taken)):
             await anyio.sleep(AT_REST_S * random.random())
             await victim.queue.enqueue(1)
             await started.count(1)
