@@ -135,7 +135,8 @@ def _peers(part: Any) -> Iterator[Sheet]:
             "one at a time p50 ms", "p99 ms", "<settings",
         ),
         note=f"Each in a process of its own, in turn, {part['rounds']} rounds; 100-byte payloads; the handler only "
-        "remembers what it got. One at a time: from the start of an enqueue to the start of its handler, in one process. Redis keeps everything in "
+        "remembers what it got. One at a time: "
+        "from the start of an enqueue to the start of its handler, in one process. Redis keeps everything in "
         "memory and writes nothing to disk here, and answers in 0.1 ms where an S3 server takes some: that is "
         "why single messages are faster there. Batches are slower there because each message is a job of its own, with "
         "several commands to Redis; here hundreds share two PUT and a GET.",
