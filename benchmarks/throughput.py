@@ -14,8 +14,10 @@ import cProfile
 import os
 import pstats
 import statistics
+import sys
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -51,6 +53,24 @@ def exact(drained: Drained) -> Drained:
     return drained
 
 
+@contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """Keep this thread, and what it starts, to one core; ``number`` counts through them.
+
+    Virtual cores differ: one took 1.5 times as long for the same loop as the other, for seconds, on the machine of
+    docs/performance.md. What is compared has to run on the same one.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 async def compare(
     server: Server,
     *,
@@ -76,12 +96,14 @@ async def compare(
     for number in range(rounds):
         prefix = f"{scheme.removeprefix('s3+')}-{per_segment}-{number}-{os.getpid()}"
         places = {side: place(server, f"{side}-{prefix}") for side in SIDES}
-        for side, bare in loops(places, scheme=scheme, per_segment=per_segment).items():
-            drained = await drain(bare, messages)
-            samples["enqueue", side].append(drained.enqueue)
-            samples["process", side].append(drained.process)
-        queue = Ours(places["queue"], scheme=scheme, settings={"segment_messages_max": per_segment})
-        drained = exact(await drain(queue, messages, around=profiled))
+        # Not obstore, which works in threads of its own.
+        with on_core(number) if scheme == "s3" else nullcontext():
+            for side, bare in loops(places, scheme=scheme, per_segment=per_segment).items():
+                drained = await drain(bare, messages)
+                samples["enqueue", side].append(drained.enqueue)
+                samples["process", side].append(drained.process)
+            queue = Ours(places["queue"], scheme=scheme, settings={"segment_messages_max": per_segment})
+            drained = exact(await drain(queue, messages, around=profiled))
         samples["enqueue", "queue"].append(drained.enqueue)
         samples["process", "queue"].append(drained.process)
     return samples

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.contenders.base import payloads
 from benchmarks.processes import workers
+from benchmarks.throughput import on_core
 from benchmarks.worker import Seen, Work
 from benchmarks.workloads.beside import PAID
 from benchmarks.workloads.common import Bench, Results, median, neighbours
@@ -41,10 +42,11 @@ async def backlog(bench: Bench) -> Results:
     for number in range(rounds):
         pair = [("empty", bench.url(bench.place("empty"))), ("million", big)]
         # Each goes first in turn.
-        for name, url in pair[:: 1 if number % 2 else -1]:
-            enqueue[name].append(sample / await _enqueue(url, sample, first=million + number * sample))
-        for name, url in pair[:: 1 if number % 2 else -1]:
-            process[name].append(await _process(url, sample))
+        with on_core(number // 2):
+            for name, url in pair[:: 1 if number % 2 else -1]:
+                enqueue[name].append(sample / await _enqueue(url, sample, first=million + number * sample))
+            for name, url in pair[:: 1 if number % 2 else -1]:
+                process[name].append(await _process(url, sample))
     rows = [
         {
             "backlog": name,

@@ -12,7 +12,7 @@ import anyio
 from benchmarks.contenders.base import Drained, drain, payloads
 from benchmarks.contenders.ours import CONCURRENCY, Ours
 from benchmarks.processes import workers
-from benchmarks.throughput import MESSAGES, exact
+from benchmarks.throughput import MESSAGES, exact, on_core
 from benchmarks.worker import Seen, Work
 from benchmarks.workloads.common import Bench, Results, added, median, neighbours, per_million, rates, spread
 from s3queue_async import S3Queue
@@ -22,7 +22,7 @@ from s3queue_async.storage.open import storage_from_url
 
 CONCURRENCIES = (3, 10, 50)
 CONCURRENCY_MESSAGES = 25_600
-CONCURRENCY_ROUNDS = 7
+CONCURRENCY_ROUNDS = 12
 """Many and short: a shared machine's speed changes by half within seconds, which tells more than the slots do."""
 STEADY_RATES = (10, 100, 1000, 5000)
 STEADY_S = 4.0
@@ -45,10 +45,11 @@ async def concurrency(bench: Bench) -> Results:
     messages, rounds = bench.count(CONCURRENCY_MESSAGES, multiple=256), bench.many(CONCURRENCY_ROUNDS)
     found: dict[int, list[float]] = defaultdict(list)
     for number in range(rounds):
-        # There and back, so that a machine that slows down or recovers favours none.
-        for most in CONCURRENCIES if number % 2 == 0 else reversed(CONCURRENCIES):
-            run = exact(await drain(Ours(bench.place("concurrency"), concurrency=most), messages))
-            found[most].append(run.process.rate)
+        # There and back, so that a machine that slows down or recovers favours none; each way on each core.
+        with on_core(number // 2):
+            for most in CONCURRENCIES if number % 2 == 0 else reversed(CONCURRENCIES):
+                run = exact(await drain(Ours(bench.place("concurrency"), concurrency=most), messages))
+                found[most].append(run.process.rate)
     rows: list[Results] = []
     for before, most in zip((None, *CONCURRENCIES), CONCURRENCIES, strict=False):
         ratio = None if before is None else neighbours(found[most], found[before])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from benchmarks.bench import BEGIN, DOCS, DOCUMENT, END, FIGURES, PARTS, documen
 from benchmarks.contenders.base import Tally, drain, payloads, quantile
 from benchmarks.criteria import verdicts
 from benchmarks.report import markdown
+from benchmarks.throughput import on_core
 from tests.unit.benchmark_contenders import Careless
 
 FIGURES_FILE = DOCS / FIGURES
@@ -47,6 +50,19 @@ def test_payloads_differ_and_have_the_size() -> None:
     assert len(set(made)) == 1000
     assert {len(payload) for payload in made} == {100}
     assert made[0].startswith(b"00000007x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads can be kept to a core on Linux alone")
+def test_cores_take_turns() -> None:
+    """What is compared stays on one core; as many turns as there are cores use each, and then all are free again."""
+    allowed = os.sched_getaffinity(0)
+    used: set[int] = set()
+    for number in range(len(allowed)):
+        with on_core(number):
+            (core,) = os.sched_getaffinity(0)
+        used.add(core)
+        assert os.sched_getaffinity(0) == allowed
+    assert used == allowed
 
 
 def test_quantiles() -> None:
