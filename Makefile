@@ -19,7 +19,10 @@ help: ## Show this list
 
 setup: $(VENV)/.installed-all ## Install the library, the tests' and the checkers' needs into .venv
 
-test: lint test-parallel test-alone guard ## Everything that CI runs: lint, all tests, the regression guard
+test: setup ## Everything that CI runs: lint and the regression guard side by side, then all tests
+	$(MAKE) -j $(JOBS) lint guard
+	$(MAKE) test-parallel
+	$(MAKE) test-alone
 
 test-parallel: setup ## Tests that may run side by side
 	$(PYTEST) -m "not alone" -n $(JOBS) --dist loadfile

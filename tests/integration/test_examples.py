@@ -271,7 +271,10 @@ def test_dead_letter_redrive(tmp_path: Path) -> None:
         printed = run("examples.dead_letter_redrive", cwd=tmp_path, S3QUEUE_URL=url)
         assert "DKK: KeyError: 'DKK', after 3 attempts" in printed
         assert "euros: 'euros' is no currency, after 1 attempts" in printed
-        assert "redriven: 1\ndone in attempt 1: 7.46\npurged: 1" in printed
+        *_, one, other, last = printed.splitlines()
+        # The message is ready before redrive() returns, so a quick worker may be done by then.
+        assert {one, other} == {"redriven: 1", "done in attempt 1: 7.46"}
+        assert last == "purged: 1"
 
 
 def test_lambda_style(tmp_path: Path) -> None:
