@@ -5,7 +5,8 @@ JOBS ?= 2
 VENV := .venv
 PEERS := .venv-peers
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported; to compile everything takes a third of the installation.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 # The tests start hundreds of processes; where this is set, each compiles the library anew.
 unexport PYTHONDONTWRITEBYTECODE
